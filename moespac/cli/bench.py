@@ -1,0 +1,20 @@
+"""``moespac bench``: measurements."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(help="Measure moespac itself.", no_args_is_help=True)
+
+
+@app.callback()
+def _bench() -> None:
+    """Measure moespac itself."""
+
+
+@app.command()
+def decisions() -> None:
+    """What deciding costs: microseconds a layer for each call of the policy. Needs no model."""
+    from moespac.bench.decisions import table
+
+    table()

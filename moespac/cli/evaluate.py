@@ -1,0 +1,104 @@
+"""``moespac eval``: perplexity of a model, beside that of the original it was packed from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import exp
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+import moespac
+from moespac.cli.files import read_text
+from moespac.cli.flags import MODEL, TEXT, MemoryFlags, Model
+from moespac.cli.spread import spread
+from moespac.errors import ConfigError
+
+if TYPE_CHECKING:
+    from moespac.evaluate import Perplexity
+
+Against = Annotated[
+    Path | None,
+    typer.Option(help="Directory of the original, to compare with: same tokenizer.", rich_help_panel=MODEL),
+]
+TextFile = Annotated[
+    Path, typer.Option("--text", help="A UTF-8 text to predict; - for standard input.", rich_help_panel=TEXT)
+]
+
+
+@spread
+def evaluate(
+    *,
+    model: Model = None,
+    against: Against = None,
+    text: TextFile,
+    max_tokens: Annotated[
+        int, typer.Option(min=2, help="Tokens of the text to use at most.", rich_help_panel=TEXT)
+    ] = 4096,
+    context: Annotated[
+        int, typer.Option(min=1, help="Tokens a window; windows do not overlap.", rich_help_panel=TEXT)
+    ] = 512,
+    memory: MemoryFlags,
+) -> None:
+    """Perplexity of a model on a text; with --against, how much quantised experts cost."""
+    words = read_text(text, "--text")
+    settings = memory.arguments() | {"draft": "none", "profile": None}
+    results = {"model": _measure(model, words, max_tokens, context, settings)}
+    if against is not None:
+        results["original"] = _measure(against, words, max_tokens, context, settings)
+        if results["original"].token_ids != results["model"].token_ids:
+            raise ConfigError(
+                f"--against {against}: has another tokenizer, so nothing compares; name the original"
+            )
+    Console().print(_table(results))
+
+
+@dataclass(frozen=True)
+class _Result:
+    name: str
+    token_ids: list[int]
+    perplexity: Perplexity
+
+
+def _measure(
+    path: Path | None, words: str, max_tokens: int, context: int, settings: dict[str, Any]
+) -> _Result:
+    from moespac.evaluate import perplexity
+
+    name = "the embedded model" if path is None else str(path)
+    with moespac.load(path, **settings) as engine:
+        if engine.tokenizer is None:
+            raise ConfigError(f"{name}: has no tokenizer to read a text with; add its tokenizer files")
+        if context > engine.context:
+            raise ConfigError(f"--context {context}: {name} takes {engine.context} tokens; give at most that")
+        token_ids = engine.tokenizer.encode(words)[:max_tokens]
+        with _bar(name) as progress:
+            return _Result(name, token_ids, perplexity(engine.model, token_ids, context, progress))
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    columns = TextColumn(name, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(name)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _table(results: dict[str, _Result]) -> Table:
+    table = Table("", "nats a token", "perplexity", "tokens")
+    for role, result in results.items():
+        found = result.perplexity
+        name = Text(f"{role}: {result.name}")  # a path may hold brackets, which rich would take for markup
+        table.add_row(name, f"{found.nats:.4f}", f"{found.ppl:.3f}", str(found.tokens))
+    if "original" in results:
+        model, original = (results[role].perplexity for role in ("model", "original"))
+        lost = model.nats - original.nats
+        table.add_row("model / original", f"{lost:+.4f}", f"{exp(lost):.4f}", "")
+    return table

@@ -1,0 +1,52 @@
+"""What commands read and write: text in UTF-8, results in JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from moespac.atomic import write_atomically
+from moespac.errors import ConfigError
+
+
+def read_text(source: Path, flag: str) -> str:
+    """The text of a file, or of standard input for "-". Raises ConfigError, naming ``flag``."""
+    try:
+        data = typer.get_binary_stream("stdin").read() if str(source) == "-" else source.read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"{flag} {source}: cannot be read ({error.strerror}); name a text file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{flag} {source}: is not UTF-8 text; convert it") from None
+
+
+class JsonFile:
+    """A place for a result. Making it checks the place, so that no work is done for nothing."""
+
+    def __init__(self, file: Path, flag: str) -> None:
+        """Raises ConfigError, naming ``flag``, when ``file`` cannot be written."""
+        self._name = f"{flag} {file}"
+        self._file = file.resolve()  # a link stays a link
+        if self._file.exists() and not self._file.is_file():
+            raise ConfigError(f"{self._name}: is not a regular file; name a file")
+        probe = self._file.with_name(f"{self._file.name}.probe-{os.getpid()}")
+        try:
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise self._error(error) from None
+
+    def write(self, result: Any) -> None:
+        """Replace the file as a whole."""
+        text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+        try:
+            write_atomically(self._file, text.encode("utf-8"))
+        except OSError as error:
+            raise self._error(error) from None
+
+    def _error(self, error: OSError) -> ConfigError:
+        return ConfigError(f"{self._name}: cannot be written ({error.strerror}); name another place")

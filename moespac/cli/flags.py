@@ -1,0 +1,157 @@
+"""Options that several commands share: a dataclass a group, its fields those of moespac/config.py."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from moespac.config import EngineConfig, MemoryConfig, SamplingConfig
+from moespac.errors import ConfigError
+
+MODEL, DRAFT, MEMORY, TEXT = "Model", "Speculation", "Memory", "Text"
+
+Model = Annotated[
+    Path | None,
+    typer.Option(
+        help="Directory of a Hugging Face checkpoint or of a pack (`moespac pack`).",
+        rich_help_panel=MODEL,
+        show_default="the embedded model",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class DraftFlags:
+    """Where drafted tokens come from."""
+
+    draft: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory of a draft model with the same vocabulary.",
+            rich_help_panel=DRAFT,
+            show_default="the embedded drafter for the embedded model, else prompt lookup",
+        ),
+    ] = None
+    lookup: Annotated[
+        bool,
+        typer.Option("--lookup", help="Draft by prompt lookup: no second model.", rich_help_panel=DRAFT),
+    ] = False
+    no_draft: Annotated[
+        bool, typer.Option("--no-draft", help="Decode without speculation.", rich_help_panel=DRAFT)
+    ] = False
+    window: Annotated[
+        int, typer.Option(min=0, help="Drafted tokens a pass (K); 0: no speculation.", rich_help_panel=DRAFT)
+    ] = EngineConfig.window
+
+    def arguments(self) -> dict[str, Any]:
+        """For ``moespac.load``. Raises ConfigError for more than one source of drafts."""
+        if (self.draft is not None) + self.lookup + self.no_draft > 1:
+            raise ConfigError("--draft, --lookup and --no-draft exclude each other: give one of them")
+        source = "lookup" if self.lookup else "none" if self.no_draft else self.draft or "auto"
+        return {"draft": source, "window": self.window}
+
+
+@dataclass(frozen=True)
+class MemoryFlags:
+    """What the experts may take of each fast tier, and who decides what is there."""
+
+    host_memory: Annotated[
+        str,
+        typer.Option(
+            metavar="AMOUNT",
+            help="Host memory for experts: bytes (2GiB, 500MB), percent of all experts (25%), or auto: what "
+            "is free, with room for everything else.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = MemoryConfig.host_memory
+    accelerator_memory: Annotated[
+        str,
+        typer.Option(
+            metavar="AMOUNT",
+            help="The same on the accelerator. Without a GPU an amount simulates one in this process.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = MemoryConfig.accelerator_memory
+    policy: Annotated[
+        str,
+        typer.Option(
+            help="Who decides which experts are where: moe-spac, or a baseline.", rich_help_panel=MEMORY
+        ),
+    ] = EngineConfig.policy
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(
+            help="What to compute in; auto: float32 on a CPU, bfloat16 on a GPU.", rich_help_panel=MODEL
+        ),
+    ] = "auto"
+
+    def arguments(self) -> dict[str, Any]:
+        """For ``moespac.load``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ProfileFlags:
+    """Whether what is learned about a model's routing outlives the run."""
+
+    profile: Annotated[
+        bool,
+        typer.Option(
+            "--profile/--no-profile",
+            help="Start from what earlier runs learned about the model's routing, and keep what this one "
+            "learns (in the user's cache directory).",
+            rich_help_panel=MEMORY,
+        ),
+    ] = True
+
+    def arguments(self) -> dict[str, Any]:
+        """For ``moespac.load``."""
+        return {"profile": "auto" if self.profile else None}
+
+
+@dataclass(frozen=True)
+class TextFlags:
+    """How much is generated, and how tokens are drawn."""
+
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate at most.", rich_help_panel=TEXT)
+    ] = 128
+    temperature: Annotated[
+        float, typer.Option(help="0: greedy; 1: the model's own distribution.", rich_help_panel=TEXT)
+    ] = SamplingConfig.temperature
+    top_k: Annotated[
+        int, typer.Option(help="Draw from the k likeliest tokens only; 0: from all.", rich_help_panel=TEXT)
+    ] = SamplingConfig.top_k
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Draw from the likeliest tokens that together reach this probability; 1: from all.",
+            rich_help_panel=TEXT,
+        ),
+    ] = SamplingConfig.top_p
+    min_p: Annotated[
+        float,
+        typer.Option(
+            help="Draw from tokens at least this share as likely as the likeliest; 0: from all.",
+            rich_help_panel=TEXT,
+        ),
+    ] = SamplingConfig.min_p
+    seed: Annotated[int, typer.Option(help="The same seed draws the same tokens.", rich_help_panel=TEXT)] = (
+        SamplingConfig.seed
+    )
+    stop: Annotated[
+        list[str],
+        typer.Option(
+            help="End before this string; may be given several times.",
+            rich_help_panel=TEXT,
+            show_default=False,
+        ),
+    ] = field(default_factory=list)
+
+    def arguments(self) -> dict[str, Any]:
+        """For ``Engine.stream``. Raises ConfigError for a value out of range, before any model is loaded."""
+        SamplingConfig(self.temperature, self.top_k, self.top_p, self.min_p, self.seed)
+        return asdict(self)

@@ -1,0 +1,1 @@
+"""The engine: load a model, draft, verify, accept, observe, plan."""

@@ -1,0 +1,175 @@
+"""From a path and a few wishes to an engine: the one place where all parts meet."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moespac.config import EngineConfig, MemoryConfig, SpeculationConfig
+from moespac.engine.engine import Engine
+from moespac.engine.sequence import is_recurrent
+from moespac.errors import ConfigError
+from moespac.experts.accelerator import Accelerator
+from moespac.experts.budget import available_device_bytes, available_host_bytes, is_none, slots_for
+from moespac.experts.compute import ExpertMath
+from moespac.experts.manifest import is_pack
+from moespac.experts.memory import ExpertMemory
+from moespac.experts.runtime import ExpertRuntime
+from moespac.experts.stats import PassClock
+from moespac.experts.store import CheckpointStore, ExpertStore, PackedStore
+from moespac.experts.workers import Bell
+from moespac.model.index import build_index
+from moespac.model.load import choose_dtype, load_tokenizer, load_trunk
+from moespac.model.safetensors import TensorEntry, read_header
+from moespac.model.skeleton import Skeleton, build_skeleton
+from moespac.policy.registry import make_policy
+from moespac.speculate.drafters import (
+    Drafter,
+    ModelDrafter,
+    NoDrafter,
+    PromptLookupDrafter,
+    load_draft_model,
+)
+from moespac.types import Capacity, ModelShape
+
+log = logging.getLogger(__name__)
+
+DEMO = Path(__file__).parent.parent / "model" / "demo"
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    draft: str | Path = "auto",
+    host_memory: str = "auto",
+    accelerator_memory: str = "none",
+    policy: str = "moe-spac",
+    window: int = 4,
+    dtype: str = "auto",
+    profile: str | Path | None = "auto",
+    asynchronous: bool = True,
+) -> Engine:
+    """Load a model whose experts do not fit fast memory.
+
+    model: directory of a Hugging Face checkpoint or of a pack; None is the small embedded pair.
+    draft: "auto" (the embedded drafter for the embedded model, else prompt lookup), "lookup", "none", or the
+        directory of a draft model with the target's vocabulary.
+    host_memory, accelerator_memory: what experts may take there: bytes ("2GiB"), percent of all experts ("25%"),
+        "auto" (what is free, with room left for everything else); "none" for no accelerator.
+    policy: who decides what is where, see ``moespac.policy.registry``.
+    window: drafted tokens a pass (K); 0 does not speculate.
+    dtype: what is computed in; "auto" is float32 on a CPU and bfloat16 on a GPU.
+    profile: where what is learned about the model's routing is kept between runs; "auto" is the user's cache
+        directory, None keeps nothing.
+    asynchronous: False runs every transfer where it is issued, on one thread.
+
+    Raises ModelError, CheckpointError, DraftError or ConfigError, each with one line on what to do.
+    """
+    if window < 0:
+        raise ConfigError(f"window {window}: must be 0 or more drafted tokens")
+    memory = replace(
+        MemoryConfig(),
+        host_memory=host_memory,
+        accelerator_memory=accelerator_memory,
+        asynchronous=asynchronous,
+    )
+    config = EngineConfig(memory=memory, policy=policy, window=window)
+    path = DEMO / "target" if model is None else Path(model)
+    if draft == "auto":
+        draft = DEMO / "draft" if model is None else "lookup"
+
+    skeleton = build_skeleton(path)
+    store, trunk, fingerprint = _open_store(path, skeleton)
+    device = _device(config)
+    compute_dtype = choose_dtype(dtype, device)
+    network, modules = load_trunk(path, skeleton, trunk, compute_dtype, device)
+    tokenizer = load_tokenizer(path)
+
+    runtime = _build_runtime(store, skeleton, config, device)
+    for layer, module in enumerate(modules):
+        module.attach(layer, runtime)
+    drafter = _build_drafter(draft, network, tokenizer, compute_dtype, runtime)
+    profile_file = _profile_file(profile, fingerprint)
+    if profile_file is not None:
+        runtime.policy.load_profile(profile_file)
+    return Engine(network, tokenizer, runtime, drafter, config, profile_file)
+
+
+def _open_store(path: Path, skeleton: Skeleton) -> tuple[ExpertStore, list[TensorEntry], str]:
+    """The experts, the tensors of the trunk, and a name for what is learned about the model."""
+    if is_pack(path):
+        packed = PackedStore(path)
+        return packed, list(read_header(packed.trunk).values()), packed.manifest.fingerprint
+    index = build_index(path, skeleton)
+    return CheckpointStore(index), [index.entries[key] for key in index.trunk_keys], index.fingerprint
+
+
+def _device(config: EngineConfig) -> torch.device:
+    """Where the trunk lives: with the accelerator's experts where there is one."""
+    wanted = not is_none(config.memory.accelerator_memory)
+    if wanted and not torch.cuda.is_available():
+        log.warning(
+            "no CUDA device: the accelerator is simulated in this process; it shows the method and saves nothing"
+        )
+    return torch.device("cuda" if wanted and torch.cuda.is_available() else "cpu")
+
+
+def _build_runtime(
+    store: ExpertStore, skeleton: Skeleton, config: EngineConfig, device: torch.device
+) -> ExpertRuntime:
+    memory, shape, bell = config.memory, store.shape, Bell()
+    capacity = _capacity(memory, shape, device)
+    policy = make_policy(config.policy, shape, capacity, config.method)
+    accelerator = None
+    if capacity.accelerator:
+        accelerator = Accelerator(
+            device, capacity.accelerator, shape.record_bytes, shape.total, bell, memory.asynchronous
+        )
+    prototype = next(iter(skeleton.experts.values()))
+    tiers = ExpertMemory(store, capacity.host, accelerator, memory, policy.costs, bell)
+    return ExpertRuntime(tiers, policy, ExpertMath(prototype, store.layout), PassClock(time.perf_counter))
+
+
+def _capacity(memory: MemoryConfig, shape: ModelShape, device: torch.device) -> Capacity:
+    """Slots by tier. The trunk is loaded by now, so that "auto" sees what it left free."""
+    host_free = available_host_bytes(memory.auto_share)
+    host = slots_for(memory.host_memory, shape, host_free, "--host-memory")
+    if is_none(memory.accelerator_memory):
+        return Capacity(host)
+    device_free = available_device_bytes(device, memory.auto_share) if device.type == "cuda" else host_free
+    return Capacity(host, slots_for(memory.accelerator_memory, shape, device_free, "--accelerator-memory"))
+
+
+def _profile_file(profile: str | Path | None, fingerprint: str) -> Path | None:
+    if profile == "auto":
+        return platformdirs.user_cache_path("moespac") / "profiles" / f"{fingerprint}.npz"
+    return None if profile is None else Path(profile)
+
+
+def _build_drafter(
+    draft: str | Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    dtype: torch.dtype,
+    runtime: ExpertRuntime,
+) -> Drafter:
+    if draft == "none":
+        return NoDrafter()
+    if is_recurrent(model):
+        log.warning(
+            "%s keeps a recurrent state that cannot be rewound: no speculation", model.config.model_type
+        )
+        return NoDrafter()
+    if draft == "lookup":
+        speculation = SpeculationConfig()
+        return PromptLookupDrafter(speculation.max_ngram, speculation.min_ngram)
+    vocabulary = model.config.get_text_config().vocab_size
+    network: Any = load_draft_model(draft, vocabulary, tokenizer, dtype)
+    return ModelDrafter(network.to(model.device), vocabulary, tick=runtime.pump)

@@ -1,0 +1,301 @@
+"""The engine. ``step`` is the product: draft, verify, accept, observe, plan."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Generator, Iterator
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moespac.config import EngineConfig, SamplingConfig
+from moespac.engine.sequence import Sequence, is_recurrent
+from moespac.engine.summary import Meter, Summary, versions
+from moespac.engine.text import TextStream
+from moespac.errors import ConfigError
+from moespac.experts.runtime import ExpertRuntime
+from moespac.speculate.drafters import Draft, Drafter
+from moespac.speculate.sampling import probabilities
+from moespac.speculate.verify import Verdict, verify_greedy, verify_sampled
+from moespac.types import ModelShape, Window
+
+
+class Engine:
+    """A MoE model whose experts live in tiers. Not thread-safe: one request at a time.
+
+    ``model`` is the transformers model itself, and its stock ``generate`` works over the same experts.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase | None,
+        runtime: ExpertRuntime,
+        drafter: Drafter,
+        config: EngineConfig,
+        profile_file: Path | None = None,
+    ) -> None:
+        """``profile_file``: where ``close`` keeps what the policy has learned about the model's routing."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.runtime = runtime
+        self.drafter = drafter
+        self.config = config
+        self._profile_file = profile_file
+        self._window = 0 if is_recurrent(model) else config.window
+        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @property
+    def shape(self) -> ModelShape:
+        return self.runtime.memory.store.shape
+
+    # ---- one step ------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self, sequence: Sequence) -> StepResult:
+        """Run one pass of the target over the last token and a draft; returns the tokens it yields."""
+        for part in sequence.leading_windows(self.config.prefill_chunk):
+            self._forward(sequence, part)
+            sequence.rewind(part, accepted=0)
+            self.runtime.end_pass(accepted=0)
+        draft = self._draft(sequence)
+        window = sequence.window(draft.tokens)
+        if draft.tokens:
+            self.runtime.plan(window)  # the drafted tokens are a sensor: they say which experts come
+        logits = self._forward(sequence, window)
+        with self.runtime.clock.measure("verify"):
+            verdict = _verify(sequence, draft, logits)
+        sequence.rewind(window, verdict.accepted)
+        self.runtime.end_pass(verdict.accepted)
+        tokens = sequence.accept(verdict.tokens)
+        if sequence.finish_reason is None:
+            self.runtime.plan(sequence.window([]))  # transfers hide behind the next draft
+        return StepResult(tokens, window.drafted, verdict.accepted)
+
+    def _draft(self, sequence: Sequence) -> Draft:
+        k = min(self._window, sequence.room) if sequence.prefilled else 0
+        if k <= 0:
+            return Draft()
+        with self.runtime.clock.measure("draft"):
+            return self.drafter.propose(sequence.tokens, k)
+
+    def _forward(self, sequence: Sequence, window: Window) -> torch.Tensor:
+        """One pass over ``window``; logits (drafted + 1, vocabulary) of its last positions, on the CPU."""
+        keep = {"logits_to_keep": window.drafted + 1} if self._keeps_logits else {}
+        ids = torch.from_numpy(window.tokens).unsqueeze(0).to(self.model.device)
+        self.runtime.begin_pass(window)
+        with self.runtime.clock.measure("trunk"):
+            out = self.model(input_ids=ids, past_key_values=sequence.cache, use_cache=True, **keep)
+            return out.logits[0, -(window.drafted + 1) :].float().cpu()
+
+    # ---- a request -----------------------------------------------------------------------------------
+
+    def stream(
+        self,
+        prompt: str | Tokens[int],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seed: int = 0,
+        stop: Tokens[str] = (),
+    ) -> Stream:
+        """Generate from a text or token ids; iterate over the pieces of text, then read ``.result``.
+
+        Raises ConfigError for an empty prompt, one that fills the context, or settings out of range.
+        """
+        sampling = SamplingConfig(temperature, top_k, top_p, min_p, seed)
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens {max_new_tokens}: must be at least 1")
+        if stop and self.tokenizer is None:
+            raise ConfigError("stop strings need a tokenizer, and this model has none; leave them out")
+        tokens = self._tokens(prompt)
+        sequence = Sequence(self.model, tokens, max_new_tokens, self.context, self._eos(), sampling)
+        return Stream(self, sequence, tuple(stop))
+
+    def generate(self, prompt: str | Tokens[int], **settings: Any) -> Generation:
+        """``stream`` to the end; takes the same arguments."""
+        stream = self.stream(prompt, **settings)
+        for _ in stream:
+            pass
+        return stream.result
+
+    def chat_tokens(self, messages: list[dict[str, str]]) -> list[int]:
+        """The token ids of a conversation, in the model's chat template where it has one."""
+        if self.tokenizer is None:
+            raise ConfigError("chat needs a tokenizer, and this model has none; use generate with token ids")
+        tokenizer: Any = self.tokenizer
+        if tokenizer.chat_template is None:
+            text = (
+                "".join(f"{message['role']}: {message['content']}\n" for message in messages) + "assistant:"
+            )
+            return tokenizer.encode(text)
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        return encoded["input_ids"]
+
+    def close(self) -> None:
+        """Keep the learned profile, stop all threads, free the tiers. Safe to call twice."""
+        if self._profile_file is not None:
+            self.runtime.policy.save_profile(self._profile_file)
+            self._profile_file = None
+        self.drafter.close()
+        self.runtime.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+
+    def _tokens(self, prompt: str | Tokens[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ConfigError("this model has no tokenizer; give the prompt as token ids")
+            prompt = self.tokenizer.encode(prompt)
+        tokens = [int(token) for token in prompt]
+        vocabulary = self.model.config.get_text_config().vocab_size
+        if not tokens:
+            raise ConfigError("the prompt is empty; give at least one token")
+        if min(tokens) < 0 or max(tokens) >= vocabulary:
+            raise ConfigError(
+                f"the prompt has token ids outside 0..{vocabulary - 1}; use the model's own tokenizer"
+            )
+        if len(tokens) >= self.context:
+            raise ConfigError(
+                f"the prompt has {len(tokens)} tokens and the context {self.context}; shorten it"
+            )
+        return tokens
+
+    def _eos(self) -> frozenset[int]:
+        eos = self.model.generation_config.eos_token_id
+        return frozenset([] if eos is None else [eos] if isinstance(eos, int) else eos)
+
+
+def _verify(sequence: Sequence, draft: Draft, logits: torch.Tensor) -> Verdict:
+    if sequence.sampling.greedy:
+        return verify_greedy(draft.tokens, logits)
+    target = probabilities(logits, sequence.sampling)
+    return verify_sampled(draft.tokens, draft.probs, target, sequence.generator)
+
+
+@dataclass(frozen=True)
+class StepResult:
+    tokens: list[int]  # accepted drafts and the target's own token, cut at the end of text or the limit
+    drafted: int
+    accepted: int
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished request."""
+
+    text: str
+    token_ids: list[int]  # new tokens
+    finish_reason: str  # "stop", "length" or "context"
+    summary: Summary
+
+
+class Stream:
+    """Pieces of text as they are generated; ``result`` is there once the iteration is over."""
+
+    def __init__(self, engine: Engine, sequence: Sequence, stop: tuple[str, ...]) -> None:
+        self._engine = engine
+        self._sequence = sequence
+        decoder: Any = engine.tokenizer or _Silent()
+        self._text = TextStream(decoder, stop)
+        self._pieces: list[str] = []
+        self._result: Generation | None = None
+        self._iterator = self._run()
+
+    def __iter__(self) -> Iterator[str]:
+        return self._iterator
+
+    def __next__(self) -> str:
+        return next(self._iterator)
+
+    @property
+    def result(self) -> Generation:
+        assert self._result is not None, "iterate to the end first"
+        return self._result
+
+    def close(self) -> None:
+        """End the request early; ``result`` then holds what there is."""
+        self._iterator.close()
+
+    def _run(self) -> Generator[str, None, None]:
+        engine, sequence = self._engine, self._sequence
+        meter = Meter(engine.runtime)
+        engine.drafter.begin(sequence.sampling, sequence.generator)
+        try:
+            while sequence.finish_reason is None:
+                prefill = not sequence.prefilled
+                step = engine.step(sequence)
+                if prefill:
+                    meter.prefilled(len(step.tokens))
+                else:
+                    meter.passed(step.drafted, step.accepted)
+                yield from self._emit(self._text.push(step.tokens))
+                if self._text.stopped:
+                    sequence.finish_reason = "stop"
+                    del sequence.tokens[sequence.prompt_tokens + self._text.kept :]
+            yield from self._emit(self._text.flush())
+        finally:
+            engine.runtime.abandon_pass()
+            self._result = self._finish(meter)
+
+    def _emit(self, piece: str) -> Iterator[str]:
+        if piece:
+            self._pieces.append(piece)
+            yield piece
+
+    def _finish(self, meter: Meter) -> Generation:
+        engine, sequence = self._engine, self._sequence
+        text, tokens = "".join(self._pieces), sequence.new_tokens
+        reason = sequence.finish_reason or "interrupted"
+        summary = Summary(
+            text=text,
+            token_ids=tokens,
+            finish_reason=reason,
+            prompt_tokens=sequence.prompt_tokens,
+            policy=engine.runtime.policy.name,
+            drafter=engine.drafter.name,
+            window=engine._window,
+            exactness=exactness(engine, sequence.sampling),
+            versions=versions(),
+            **meter.figures(len(tokens)),
+        )
+        return Generation(text, tokens, reason, summary)
+
+
+class _Silent:
+    """Stands in for the tokenizer of a model that has none: tokens come, text does not."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return ""
+
+
+def exactness(engine: Engine, sampling: SamplingConfig) -> str:
+    """What the output of this run promises, in words."""
+    error = engine.runtime.memory.store.error
+    dtype = str(engine.model.dtype).removeprefix("torch.")
+    if error > 0:
+        return f"exact for the packed experts, which differ from the original by {error:.1%} (see `moespac eval`)"
+    if not sampling.greedy:
+        return f"sampling follows the model's own distribution (in {dtype})"
+    if engine.model.dtype == torch.float32:
+        return "greedy tokens equal the model's own (float32)"
+    return f"greedy in {dtype}: routing and weights unchanged, but near-ties may fall otherwise than token by token"

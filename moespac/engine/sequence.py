@@ -1,0 +1,95 @@
+"""One request: its tokens, the target's KV cache, and how far they have come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from moespac.config import SamplingConfig
+from moespac.types import Window
+
+
+class Sequence:
+    """Accepted tokens, of which the first ``cached`` are in the KV cache.
+
+    The last accepted token is never cached: the next pass runs it, in front of the drafted ones.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompt: list[int],
+        max_new_tokens: int,
+        context: int,
+        eos: frozenset[int],
+        sampling: SamplingConfig,
+    ) -> None:
+        self.tokens = list(prompt)
+        self.prompt_tokens = len(prompt)
+        self.sampling = sampling
+        self.generator = torch.Generator().manual_seed(sampling.seed)
+        self.cache = new_cache(model)
+        self.cached = 0
+        self.finish_reason: str | None = None
+        self._limit = min(len(prompt) + max_new_tokens, context)
+        self._limited_by = "length" if len(prompt) + max_new_tokens <= context else "context"
+        self._eos = eos
+
+    @property
+    def new_tokens(self) -> list[int]:
+        return self.tokens[self.prompt_tokens :]
+
+    @property
+    def prefilled(self) -> bool:
+        return self.cached >= self.prompt_tokens
+
+    @property
+    def room(self) -> int:
+        """How many drafted tokens can still be of use: one token of what remains comes from the target itself."""
+        return self._limit - len(self.tokens) - 1
+
+    def leading_windows(self, chunk: int) -> Iterator[Window]:
+        """A long prompt piece by piece, all but what fits in one last pass. The caller runs and rewinds each."""
+        while self.prompt_tokens - self.cached > chunk:
+            tokens = np.array(self.tokens[self.cached : self.cached + chunk], dtype=np.int64)
+            yield Window(tokens, prefill=True)
+
+    def window(self, draft: list[int]) -> Window:
+        """The tokens that the next pass runs."""
+        tokens = np.array(self.tokens[self.cached :] + draft, dtype=np.int64)
+        return Window(tokens, drafted=len(draft), prefill=not self.prefilled)
+
+    def rewind(self, window: Window, accepted: int) -> None:
+        """The pass ran ``window``; forget the keys and values of the drafts that were rejected."""
+        rejected = window.drafted - accepted
+        if rejected:
+            self.cache.crop(-rejected)
+        self.cached += len(window.tokens) - rejected
+
+    def accept(self, tokens: list[int]) -> list[int]:
+        """Append what verification gave, up to the end of text or the limit; returns what was appended."""
+        taken = tokens[: self._limit - len(self.tokens)]
+        ends = [i for i, token in enumerate(taken) if token in self._eos]
+        if ends:
+            taken = taken[: ends[0] + 1]
+            self.finish_reason = "stop"
+        self.tokens.extend(taken)
+        if self.finish_reason is None and len(self.tokens) >= self._limit:
+            self.finish_reason = self._limited_by
+        return taken
+
+
+def new_cache(model: PreTrainedModel) -> DynamicCache:
+    """An empty KV cache. Plain layers throughout where possible: sliding-window layers that forget cannot rewind.
+
+    Models with recurrent state need the layers their configuration asks for, and are not speculated on.
+    """
+    return DynamicCache(config=model.config) if is_recurrent(model) else DynamicCache()
+
+
+def is_recurrent(model: PreTrainedModel) -> bool:
+    """Whether the model keeps a state that rejected tokens cannot be taken out of again."""
+    return bool(getattr(model, "_is_stateful", False))

@@ -1,0 +1,1 @@
+"""Doing: the bytes of the experts, where they lie, how they move and how they are computed."""

@@ -1,0 +1,54 @@
+"""A device with memory and workers of its own: one copies records in, one computes.
+
+The same class serves CUDA and the in-process accelerator (a CPU device with its own arena and threads) that
+tests and demonstrations use: execution on two devices, transfers in flight and joins are concurrent there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from moespac.experts.tiers import Tier
+from moespac.experts.workers import Bell, Ticket, Workers
+
+
+class Accelerator:
+    """``slots`` records of ``record_bytes`` on ``device``; ``threads`` 0 makes every job synchronous."""
+
+    def __init__(
+        self, device: torch.device, slots: int, record_bytes: int, total: int, bell: Bell, asynchronous: bool
+    ) -> None:
+        self.device = device
+        arena = torch.empty(slots, record_bytes, dtype=torch.uint8, device=device)
+        self.tier = Tier("accelerator", arena, total)
+        threads = 1 if asynchronous else 0
+        self._link = Workers("link", threads, bell)
+        self._compute = Workers("accelerator", threads, bell)
+
+    def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> Ticket:
+        """Copy one host record (record_bytes,) into a slot of the arena."""
+        return self._link.submit(self._on_device(lambda: target.copy_(source)))
+
+    def compute(self, job: Callable[[], object]) -> Ticket:
+        return self._compute.submit(self._on_device(job))
+
+    def close(self) -> None:
+        self._link.close()
+        self._compute.close()
+
+    def _on_device(self, job: Callable[[], object]) -> Callable[[], None]:
+        """A job on CUDA runs on its thread's own stream, and is done when the device is done with it."""
+
+        def run() -> None:
+            if self.device.type != "cuda":
+                job()
+                return
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_stream(torch.cuda.default_stream(self.device))
+            with torch.cuda.stream(stream):
+                job()
+            stream.synchronize()
+
+        return run

@@ -1,0 +1,156 @@
+"""The experts of all layers at run time: what transformers calls, and the two moments of decision around it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from moespac.experts.compute import ExpertMath
+from moespac.experts.layer import Groups, LayerRun
+from moespac.experts.memory import ExpertMemory, Retention
+from moespac.experts.stats import ExpertStats, PassClock
+from moespac.policy.base import Policy
+from moespac.types import Observation, Window
+
+UNKNOWN_TOKEN = -1  # in a pass that stock generate() runs, the runtime does not see the token ids
+
+
+class ExpertRuntime:
+    """Runs the experts of a pass under a policy.
+
+    The engine brackets a pass with ``begin_pass`` and ``end_pass``. Without them (stock ``model.generate``) a
+    pass begins at the first layer and ends at the last, and all its tokens count as accepted.
+    """
+
+    def __init__(self, memory: ExpertMemory, policy: Policy, math: ExpertMath, clock: PassClock) -> None:
+        self.memory = memory
+        self.policy = policy
+        self.clock = clock
+        self.stats = ExpertStats()
+        self._math = math
+        self._shape = memory.store.shape
+        self._window: Window | None = None
+        self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
+
+    def plan(self, window: Window) -> None:
+        """Decide what to fetch ahead of the pass that will run ``window``, and start fetching it."""
+        with self.clock.measure("decide"):
+            self.memory.settle()
+            self.memory.follow(self.policy.plan(window, self.memory.residency))
+            self.memory.pump(self._retention(-1))
+
+    def begin_pass(self, window: Window) -> None:
+        self._window = window
+        self._routing = []
+
+    def end_pass(self, accepted: int) -> None:
+        """The pass is verified: the policy learns what it showed."""
+        assert self._window is not None
+        window, self._window = self._window, None
+        with self.clock.measure("decide"):
+            routing = np.stack(self._routing)
+            self.policy.observe(Observation(window, routing, accepted))
+        self.stats.passes += 1
+
+    def abandon_pass(self) -> None:
+        """The pass failed or was interrupted: forget it, and let what is in flight land."""
+        self._window = None
+        self._routing = []
+        self.memory.quiesce()
+
+    def close(self) -> None:
+        """Stop all threads and free the tiers."""
+        self.memory.close()
+
+    def pump(self) -> None:
+        """Between drafted tokens: keep the transfers going."""
+        self.memory.settle()
+        self.memory.pump(self._retention(-1))
+
+    @torch.no_grad()
+    def forward(
+        self,
+        layer: int,
+        norm: nn.Module | None,
+        x: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The experts block of MoE layer ``layer``: x (T, hidden), index and weights (T, k) -> (T, hidden)."""
+        routing = index.cpu().numpy().astype(np.int64, copy=False)
+        unattended = self._window is None
+        if unattended and layer == 0:
+            self._routing = []
+        # "No expert" is a number past the last one in some families; the policy knows it as -1.
+        self._routing.append(np.where(routing < self._shape.experts, routing, -1))
+        groups = Groups(routing, self._shape.experts)
+        first_id = layer * self._shape.experts
+        retention = self._retention(layer)
+        with self.clock.measure("decide"):
+            placement = self.policy.place(layer, groups.counts, self.memory.residency)
+            self.memory.start_layer(layer, np.concatenate([placement.host, placement.accelerator]))
+            self._count_hits(placement.host, placement.accelerator)
+        run = LayerRun(self.memory, self._math, self.policy.costs, self.clock, norm, groups, first_id, x)
+        out = run.execute(placement, retention)  # (T, k, hidden)
+        if unattended and layer == self._shape.layers - 1:
+            self._end_unattended_pass(routing.shape[0])
+        return (out * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+    def _end_unattended_pass(self, tokens: int) -> None:
+        if len(self._routing) == self._shape.layers:
+            routing, self._routing = self._routing, []
+            window = Window(np.full(tokens, UNKNOWN_TOKEN, dtype=np.int64))
+            self.policy.observe(Observation(window, np.stack(routing), accepted=0))
+
+    def _count_hits(self, host: NDArray[np.int64], accelerator: NDArray[np.int64]) -> None:
+        if self._window is not None and self._window.prefill:
+            return
+        hits = int(self.memory.host.ready[host].sum())
+        if self.memory.accelerator is not None:
+            hits += int(self.memory.accelerator.tier.ready[accelerator].sum())
+        self.stats.hits += hits
+        self.stats.misses += host.size + accelerator.size - hits
+
+    def _retention(self, layer: int) -> Retention:
+        """The policy's eviction order while ``layer`` runs, computed when the first slot is needed."""
+        return functools.cache(lambda tier: self.policy.retention(tier, layer))
+
+
+class OffloadedExperts(nn.Module):
+    """Stands where transformers' experts module stood, holds no weights, and asks the runtime.
+
+    Subclasses made by ``offloaded_class`` know the class they replace.
+    """
+
+    prototype_class: type[nn.Module]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        with torch.device("meta"):
+            prototype = self.prototype_class(config, *args, **kwargs)
+        # Kept outside nn.Module's registry: its stacked parameters must not be looked for in the checkpoint.
+        object.__setattr__(self, "prototype", prototype)
+        for name, child in prototype.named_children():  # activation; post_expert_norm where a family has one
+            self.add_module(name, child)
+        self._is_hf_initialized = True  # transformers would initialise the parameters that are not there
+        self._forward: Callable[..., torch.Tensor] | None = None
+
+    def attach(self, layer: int, runtime: ExpertRuntime) -> None:
+        norm = getattr(self, "post_expert_norm", None)
+        self._forward = functools.partial(runtime.forward, layer, norm)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        assert self._forward is not None, "attach() comes before the first pass"
+        return self._forward(hidden_states, top_k_index, top_k_weights)
+
+
+def offloaded_class(experts_class: type[nn.Module]) -> type[OffloadedExperts]:
+    return type(f"Offloaded{experts_class.__name__}", (OffloadedExperts,), {"prototype_class": experts_class})

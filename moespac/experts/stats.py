@@ -1,0 +1,56 @@
+"""What a run did: seconds by cause, hits, bytes. Counted where it happens, read by the summary."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Elapsed:
+    """The seconds of one measured block, valid after it."""
+
+    seconds: float = 0.0
+
+
+@dataclass
+class PassClock:
+    """Seconds by cause on an injected clock. Causes that nest count their time in the inner one only."""
+
+    now: Callable[[], float] = time.perf_counter
+    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _nested: list[float] = field(default_factory=list)  # seconds that inner blocks took, by depth
+
+    @contextmanager
+    def measure(self, cause: str) -> Iterator[Elapsed]:
+        elapsed = Elapsed()
+        self._nested.append(0.0)
+        start = self.now()
+        try:
+            yield elapsed
+        finally:
+            elapsed.seconds = self.now() - start
+            self.seconds[cause] += elapsed.seconds - self._nested.pop()
+            if self._nested:
+                self._nested[-1] += elapsed.seconds
+
+    def add(self, cause: str, seconds: float) -> None:
+        """Time on another thread: it overlaps with the causes measured here and adds to none of them."""
+        self.seconds[cause] += seconds
+
+
+@dataclass
+class ExpertStats:
+    """Counts over the decode passes (a prefill touches nearly every expert and would drown them)."""
+
+    hits: int = 0  # active (layer, expert) pairs that were resident where they were computed
+    misses: int = 0
+    passes: int = 0
+
+    @property
+    def hit_rate(self) -> float | None:
+        active = self.hits + self.misses
+        return self.hits / active if active else None

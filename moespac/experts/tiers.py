@@ -1,0 +1,139 @@
+"""Slots of one fast memory: which expert is in which slot, what is being filled, what is pinned.
+
+A slot is free, filling (its bytes are in flight) or ready; only a ready slot that nobody has pinned can be
+evicted. Weights are read-only, so eviction drops a copy and writes nothing back. All methods are called from
+the decode thread; workers only ever write the bytes of a filling slot.
+"""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moespac.policy.base import TierName
+
+FREE, FILLING, READY = 0, 1, 2
+NOWHERE = -1
+
+
+class Tier:
+    """``slots`` records in one arena on one device. ``total`` experts exist in the model.
+
+    ``ready`` and ``filling`` are (total,) flags by flat expert id, kept current at every change.
+    """
+
+    def __init__(self, name: TierName, arena: torch.Tensor, total: int) -> None:
+        self.name = name
+        self.arena = arena  # (slots, record_bytes) uint8
+        self.slots, self.record_bytes = arena.shape
+        self.ready = np.zeros(total, dtype=bool)
+        self.filling = np.zeros(total, dtype=bool)
+        self.peak_slots = 0
+        self._slot_of = np.full(total, NOWHERE, dtype=np.int64)
+        self._expert_in = np.full(self.slots, NOWHERE, dtype=np.int64)
+        self._state = np.full(self.slots, FREE, dtype=np.uint8)
+        self._pins = np.zeros(self.slots, dtype=np.int64)
+        self._free = list(range(self.slots - 1, -1, -1))
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.peak_slots * self.record_bytes
+
+    def record(self, expert: int) -> torch.Tensor:
+        """The slot's bytes, (record_bytes,) uint8; the caller has it pinned or is filling it."""
+        return self.arena[self._slot_of[expert]]
+
+    def reserve(self, expert: int, retention: NDArray[np.float64], worth: float = np.inf) -> bool:
+        """Take a slot for ``expert`` and mark it filling; the least retained record makes way.
+
+        False when every slot is in use, or when the victim is worth ``worth`` or more.
+        """
+        assert self._slot_of[expert] == NOWHERE, "an expert has at most one slot"
+        if not self._free:
+            victim = self._victim(retention)
+            if victim == NOWHERE or retention[victim] >= worth:
+                return False
+            self.evict(victim)
+        slot = self._free.pop()
+        self._slot_of[expert] = slot
+        self._expert_in[slot] = expert
+        self._state[slot] = FILLING
+        self.filling[expert] = True
+        self.peak_slots = max(self.peak_slots, self.slots - len(self._free))
+        return True
+
+    def commit(self, expert: int) -> None:
+        """The bytes of a filling slot are complete."""
+        slot = self._slot_of[expert]
+        assert self._state[slot] == FILLING
+        self._state[slot] = READY
+        self.filling[expert] = False
+        self.ready[expert] = True
+
+    def abort(self, expert: int) -> None:
+        """The transfer into a filling slot failed or was cancelled."""
+        assert self._state[self._slot_of[expert]] == FILLING
+        self.filling[expert] = False
+        self._vacate(expert)
+
+    def evict(self, expert: int) -> None:
+        slot = self._slot_of[expert]
+        assert self._state[slot] == READY and self._pins[slot] == 0, "only idle records are evicted"
+        self.ready[expert] = False
+        self._vacate(expert)
+
+    def pin(self, expert: int) -> None:
+        """Keep a ready record in place until ``release``; pins count."""
+        slot = self._slot_of[expert]
+        assert self._state[slot] == READY
+        self._pins[slot] += 1
+
+    def release(self, expert: int) -> None:
+        slot = self._slot_of[expert]
+        assert self._pins[slot] > 0
+        self._pins[slot] -= 1
+
+    def check_integrity(self) -> None:
+        """Assert every invariant of the bookkeeping."""
+        held = np.flatnonzero(self._expert_in != NOWHERE)
+        assert np.array_equal(self._slot_of[self._expert_in[held]], held), "slot and expert name each other"
+        assert np.count_nonzero(self._slot_of != NOWHERE) == held.size, "no expert has two slots"
+        assert sorted(self._free) == np.flatnonzero(self._state == FREE).tolist(), (
+            "the free list is the free slots"
+        )
+        assert np.array_equal(self._state != FREE, self._expert_in != NOWHERE), (
+            "a slot in use names its expert"
+        )
+        assert not np.any(self._pins[self._state != READY]), "only ready slots are pinned"
+        assert np.all(self._pins >= 0)
+        for flags, state in ((self.ready, READY), (self.filling, FILLING)):
+            expected = np.zeros_like(flags)
+            expected[self._expert_in[self._state == state]] = True
+            assert np.array_equal(flags, expected), "the flags mirror the slots"
+        assert self.peak_slots <= self.slots, "the budget is never exceeded"
+
+    def _victim(self, retention: NDArray[np.float64]) -> int:
+        evictable = np.flatnonzero((self._state == READY) & (self._pins == 0))
+        if evictable.size == 0:
+            return NOWHERE
+        experts = self._expert_in[evictable]
+        return int(experts[np.argmin(retention[experts])])
+
+    def _vacate(self, expert: int) -> None:
+        slot = int(self._slot_of[expert])
+        self._slot_of[expert] = NOWHERE
+        self._expert_in[slot] = NOWHERE
+        self._state[slot] = FREE
+        self._free.append(slot)
+
+
+def host_arena(slots: int, record_bytes: int) -> torch.Tensor:
+    """Page-aligned host memory, (slots, record_bytes) uint8; pages cost nothing until they are written.
+
+    O_DIRECT reads want page alignment, which record_bytes (a multiple of 4096) keeps for every slot.
+    """
+    memory = mmap.mmap(-1, slots * record_bytes)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(slots, record_bytes)

@@ -1,0 +1,147 @@
+"""Threads that move or compute, and the tickets that say when a job is done.
+
+``Workers(threads=0)`` is the synchronous twin: a job runs where it is submitted, its ticket is born done.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from enum import IntEnum
+
+import torch
+
+
+class Priority(IntEnum):
+    """A read that a layer waits for goes ahead of every speculative one."""
+
+    DEMAND = 0
+    SPECULATIVE = 1
+
+
+class Bell:
+    """Rings whenever any job is done, so that one thread can wait for whichever comes first."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._rings = 0
+
+    def ring(self) -> None:
+        with self._condition:
+            self._rings += 1
+            self._condition.notify_all()
+
+    def count(self) -> int:
+        with self._condition:
+            return self._rings
+
+    def wait_beyond(self, count: int) -> None:
+        """Return once it has rung more than ``count`` times."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._rings > count)
+
+
+class Ticket:
+    """One job in flight. ``done`` once it ran (then ``error`` and ``seconds`` are final) or was cancelled."""
+
+    __slots__ = ("_clock", "_job", "_lock", "_taken", "cancelled", "done", "error", "seconds")
+
+    def __init__(self, job: Callable[[], None], clock: Callable[[], float]) -> None:
+        self._job = job
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._taken = False
+        self.done = False
+        self.cancelled = False
+        self.error: Exception | None = None
+        self.seconds = 0.0
+
+    def cancel(self) -> bool:
+        """Take the job back if no worker has begun it; True when it will never run."""
+        if not self._take():
+            return False
+        self.cancelled = self.done = True
+        return True
+
+    def run(self) -> bool:
+        """Run the job unless another worker or ``cancel`` took it; True when it ran here."""
+        if not self._take():
+            return False
+        start = self._clock()
+        try:
+            self._job()
+        except Exception as error:  # carried to the thread that asked for the job
+            self.error = error
+        self.seconds = self._clock() - start
+        self.done = True
+        return True
+
+    def _take(self) -> bool:
+        with self._lock:
+            taken, self._taken = self._taken, True
+            return not taken
+
+
+class Workers:
+    """``threads`` daemon threads that serve one priority queue; ``bell`` rings after each job."""
+
+    def __init__(
+        self, name: str, threads: int, bell: Bell, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._bell = bell
+        self._clock = clock
+        self._queue: list[tuple[Priority, int, Ticket]] = []
+        self._order = itertools.count()  # first come, first served within a priority
+        self._condition = threading.Condition()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"moespac-{name}-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Callable[[], None], priority: Priority = Priority.DEMAND) -> Ticket:
+        ticket = Ticket(job, self._clock)
+        if not self._threads:
+            ticket.run()
+            self._bell.ring()
+            return ticket
+        self._push(ticket, priority)
+        return ticket
+
+    def hurry(self, ticket: Ticket) -> None:
+        """A queued speculative job is needed now: queue it again in front (whoever comes second skips it)."""
+        if not ticket.done and self._threads:
+            self._push(ticket, Priority.DEMAND)
+
+    def close(self) -> None:
+        """Stop after the jobs that are running; queued ones are cancelled. Returns when no thread is left."""
+        with self._condition:
+            self._closed = True
+            for _, _, ticket in self._queue:
+                ticket.cancel()
+            self._queue.clear()
+            self._condition.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def _push(self, ticket: Ticket, priority: Priority) -> None:
+        with self._condition:
+            assert not self._closed, "no job after close"
+            heapq.heappush(self._queue, (priority, next(self._order), ticket))
+            self._condition.notify()
+
+    @torch.inference_mode()  # the mode is per thread, and workers write into the decode thread's tensors
+    def _serve(self) -> None:
+        while True:
+            with self._condition:
+                self._condition.wait_for(lambda: self._queue or self._closed)
+                if not self._queue:
+                    return
+                _, _, ticket = heapq.heappop(self._queue)
+            if ticket.run():
+                self._bell.ring()

@@ -1,0 +1,125 @@
+"""What things cost in seconds: priors from sizes and bandwidths, replaced by what the engine measures."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moespac.config import CostConfig
+
+Seconds = NDArray[np.float64]
+
+_FAR = 2.0**40  # tokens; no window is as long
+_TABLE = 64  # token counts that are answered from a table: any window of speculation
+
+
+class _Median:
+    """The median of the latest samples; the lower one of two, since a stray measurement is a slow one."""
+
+    def __init__(self, samples: int) -> None:
+        self._latest: deque[float] = deque(maxlen=samples)
+        self.value: float | None = None
+
+    def observe(self, seconds: float) -> None:
+        self._latest.append(seconds)
+        self.value = sorted(self._latest)[(len(self._latest) - 1) // 2]
+
+
+class _Curve:
+    """Seconds as a function of tokens: at powers of two, measured or prior; linear between and beyond them.
+
+    A bucket without a measurement takes the prior scaled like its nearest measured neighbour. More tokens are
+    never cheaper. Measurements come once an expert and questions once a layer, so the curve is drawn anew only
+    when it is asked after a measurement, and read from a table for windows of ordinary size.
+    """
+
+    def __init__(self, first: float, further: float, config: CostConfig) -> None:
+        """The prior: ``first`` seconds for one token, ``further`` for each token after it."""
+        self._first, self._further = first, further
+        self._nodes = 2.0 ** np.arange(config.buckets)
+        self._prior = first + further * (self._nodes - 1)
+        self._measured = [_Median(config.samples) for _ in self._nodes]
+        self._stale = True
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """``seconds`` is scaled, in the prior's proportion, from ``tokens`` to the nearest power of two."""
+        bucket = min(round(math.log2(tokens)), len(self._nodes) - 1)
+        here = self._first + self._further * (tokens - 1)
+        self._measured[bucket].observe(seconds * float(self._prior[bucket]) / here)
+        self._stale = True
+
+    def __call__(self, tokens: NDArray) -> Seconds:
+        if self._stale:
+            self._draw()
+        if tokens.dtype.kind == "i" and tokens.size and tokens.max() < _TABLE:
+            return self._table[tokens]
+        return np.interp(tokens, self._x, self._y)
+
+    def _draw(self) -> None:
+        """Through the nodes, and on along the last piece."""
+        seconds = self._prior
+        known = [i for i, measured in enumerate(self._measured) if measured.value is not None]
+        if known:
+            ratios = np.array([self._measured[i].value for i in known]) / self._prior[known]
+            nearest = np.abs(np.arange(len(self._nodes))[:, None] - known).argmin(axis=1)
+            seconds = np.maximum.accumulate(self._prior * ratios[nearest])
+        slope = (seconds[-1] - seconds[-2]) / (self._nodes[-1] - self._nodes[-2])
+        self._x = np.append(self._nodes, _FAR)
+        self._y = np.append(seconds, seconds[-1] + slope * (_FAR - self._nodes[-1]))
+        self._table = np.interp(np.arange(_TABLE), self._x, self._y)
+        self._stale = False
+
+
+class CostModel:
+    """Seconds for one expert on either device and for one record over either way; learns online."""
+
+    def __init__(self, config: CostConfig, record_bytes: int) -> None:
+        on_host = record_bytes / config.host_bandwidth
+        on_accelerator = record_bytes / config.accelerator_bandwidth
+        self._host = _Curve(on_host, on_host * config.host_token_share, config)
+        self._accelerator = _Curve(
+            config.accelerator_launch + on_accelerator,
+            on_accelerator * config.accelerator_token_share,
+            config,
+        )
+        self._link = _Median(config.samples)
+        self._storage = _Median(config.samples)
+        self._link_prior = record_bytes / config.link_bandwidth
+        self._storage_prior = record_bytes / config.storage_bandwidth
+
+    def host_expert(self, tokens: NDArray) -> Seconds:
+        """Seconds of one expert's FFN on the host for each number of tokens; 1 or more."""
+        return self._host(tokens)
+
+    def accelerator_expert(self, tokens: NDArray) -> Seconds:
+        """The same on the accelerator, its weights being there."""
+        return self._accelerator(tokens)
+
+    @property
+    def link(self) -> float:
+        """Seconds to copy one record from host to accelerator."""
+        return self._link_prior if self._link.value is None else self._link.value
+
+    @property
+    def storage(self) -> float:
+        """Seconds to read one record from storage, other reads running: the inverse of records per second."""
+        return self._storage_prior if self._storage.value is None else self._storage.value
+
+    def observe_host(self, tokens: int, seconds: float) -> None:
+        """One expert took ``seconds`` for ``tokens`` on the host."""
+        self._host.observe(tokens, seconds)
+
+    def observe_accelerator(self, tokens: int, seconds: float) -> None:
+        """One expert took ``seconds`` for ``tokens`` on the accelerator."""
+        self._accelerator.observe(tokens, seconds)
+
+    def observe_link(self, seconds: float) -> None:
+        """One record took ``seconds`` from host to accelerator."""
+        self._link.observe(seconds)
+
+    def observe_storage(self, seconds: float) -> None:
+        """One record took ``seconds`` from storage."""
+        self._storage.observe(seconds)

@@ -1,0 +1,153 @@
+"""MoE-SpAc: ESTIMATE utility from drafted tokens, BALANCE slots and devices, PREFETCH and EVICT in one order.
+
+Source of the method: arXiv 2603.09983. What is ours beyond it is said in the modules that this one composes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moespac.config import PolicyConfig
+from moespac.policy import profile
+from moespac.policy.balance import accelerator_costs, choose_thresholds, host_costs, slots_needed
+from moespac.policy.base import Policy, TierName
+from moespac.policy.cost import CostModel
+from moespac.policy.sensors import DemandSensor, Rates
+from moespac.policy.split import State, split
+from moespac.policy.utility import UtilityEstimator
+from moespac.types import Capacity, Grid, Ids, ModelShape, Observation, Placement, Plan, Residency, Window
+
+Order = NDArray[np.float64]  # (layers * experts,) a value for each expert, the largest first
+
+
+class MoeSpacPolicy(Policy):
+    """Speculative utility estimator, heterogeneous workload balancer, and the one order for every tier."""
+
+    name = "moe-spac"
+
+    def __init__(self, shape: ModelShape, capacity: Capacity, costs: CostModel, config: PolicyConfig) -> None:
+        super().__init__(shape, capacity, costs)
+        self._config = config
+        self._demand = DemandSensor(shape, config.sensors)
+        scarcest = capacity.accelerator or capacity.host
+        self._utility = UtilityEstimator(shape, scarcest / shape.total, config.utility)
+        self._windows = 0
+        self._planned = False
+        self._thresholds: dict[TierName, NDArray[np.int64]] = {}
+        self._worth_in_host = np.ones(shape.total)
+        self._expect(self._demand.rate())
+
+    def plan(self, window: Window, residency: Residency) -> Plan:
+        """Prefetch what the coming pass will want more than what would have to go."""
+        expected = self._demand.expected(window)
+        self._expect(expected.per_token)
+        self._note_copies(residency)
+        if self._windows % self._config.balance.rebalance_windows == 0:
+            self._rebalance(expected.counts, residency)
+        self._windows += 1
+        self._planned = True
+        host = self._wanted("host", residency.host | residency.arriving_host, self.capacity.host)
+        if not self.capacity.accelerator:
+            return Plan(host)
+        coming = residency.accelerator | residency.arriving_accelerator
+        accelerator = self._wanted("accelerator", coming, self.capacity.accelerator, source=residency.host)
+        return Plan(host, accelerator)
+
+    def place(self, layer: int, counts: NDArray[np.int64], residency: Residency) -> Placement:
+        """Split the active experts so that both devices finish early; fetches overlap computing."""
+        if layer == 0:
+            self._note_copies(residency)  # once a pass is enough: few change within it
+        active = np.flatnonzero(counts)
+        tokens, states = counts[active], _states(layer, active, residency)
+        ordered = np.lexsort((-tokens, states))  # what is near first, then the most work first
+        active, tokens, states = active[ordered], tokens[ordered], states[ordered]
+        ids = layer * self.shape.experts + active
+        if not self.capacity.accelerator:
+            return Placement(ids)
+        there = split(tokens, states, self.costs, self._config.balance, self.capacity.accelerator)
+        return Placement(host=ids[~there], accelerator=ids[there])
+
+    def retention(self, tier: TierName, layer: int) -> Order:
+        """Utility discounted by how far ahead the next use is: layer order is a clock.
+
+        Layers still to come in this pass are valued by its tokens, those that have run by what a next window
+        may bring. The layer that runs is frozen.
+        """
+        layers, experts = self.shape.layers, self.shape.experts
+        runs, to_come = layer * experts, (layer + 1) * experts
+        ahead = np.arange(layers) - layer
+        ahead[: max(layer, 0)] += layers
+        clock = self._config.utility.pass_discount ** (ahead / layers)
+        value = np.concatenate([self._later[:to_come], self._now[to_come:]])
+        value *= np.repeat(clock, experts)
+        if tier == "host" and self.capacity.accelerator:
+            value *= self._worth_in_host
+        if layer >= 0:
+            value[runs:to_come] = value.max() + 1
+        return value
+
+    def observe(self, observation: Observation) -> None:
+        """Teach the sensors; where nobody plans (stock generate), expect what the averages say."""
+        self._demand.observe(observation)
+        if not self._planned:
+            self._expect(self._demand.rate())
+        self._planned = False
+
+    def save_profile(self, path: Path, model: str = "") -> None:
+        """Keep what was learned; ``model`` may name the checkpoint beyond its shape."""
+        profile.save(path, self._demand, model)
+
+    def load_profile(self, path: Path, model: str = "") -> None:
+        """Begin from a kept profile; one that cannot be used is skipped with a warning."""
+        if profile.load(path, self._demand, model):
+            self._expect(self._demand.rate())
+
+    def _expect(self, demand: Rates) -> None:
+        """``demand``: routings per window token to expect in the pass to come."""
+        self._utility.observe(demand)
+        self._now = self._utility.order(demand)
+        self._later = self._utility.order(self._demand.rate())
+
+    def _note_copies(self, residency: Residency) -> None:
+        on_accelerator = residency.accelerator.ravel()
+        self._worth_in_host = np.where(on_accelerator, self._config.utility.copy_worth, 1.0)
+
+    def _rebalance(self, expected: Rates, residency: Residency) -> None:
+        levels, highest = self._utility.levels, self._config.utility.levels
+        weights = slots_needed(levels, highest)
+        tiers: list[TierName] = ["host", "accelerator"] if self.capacity.accelerator else ["host"]
+        for tier in tiers:
+            layer_costs = accelerator_costs if tier == "accelerator" else host_costs
+            resident = residency.accelerator if tier == "accelerator" else residency.host
+            slots = self.capacity.accelerator if tier == "accelerator" else self.capacity.host
+            values = layer_costs(levels, expected, resident, self.costs, highest, self._config.balance)
+            self._thresholds[tier] = choose_thresholds(values, weights, slots, self._config.balance)
+
+    def _wanted(self, tier: TierName, present: Grid, slots: int, source: Grid | None = None) -> Ids:
+        """Experts to bring into ``tier``, most useful first: as many as it has free slots, and beyond those
+        only experts at or above their layer's threshold that beat the experts they would replace."""
+        value = self.retention(tier, layer=-1)
+        held = self._utility.highest >= self._thresholds[tier][:, None]
+        victims = np.sort(value[present.ravel()])
+        free = max(slots - len(victims), 0)
+        absent = ~present if source is None else ~present & source
+        margin = self._config.utility.prefetch_margin
+        if not free:
+            absent = absent & held & (value.reshape(held.shape) > margin * victims[0])
+        candidates = np.flatnonzero(absent)
+        candidates = candidates[np.argsort(-value[candidates], kind="stable")]
+        candidates = candidates[(np.arange(len(candidates)) < free) | held.ravel()[candidates]]
+        replacing = candidates[free : free + len(victims)]
+        beaten = value[replacing] > margin * victims[: len(replacing)]
+        return candidates[: free + int(beaten.sum())]
+
+
+def _states(layer: int, active: Ids, residency: Residency) -> NDArray[np.int64]:
+    """(n,) the ``State`` of each active expert of ``layer``."""
+    states = np.where(residency.host[layer, active], State.HOST.value, State.STORAGE.value)
+    states[residency.arriving_accelerator[layer, active]] = State.ARRIVING.value
+    states[residency.accelerator[layer, active]] = State.ACCELERATOR.value
+    return states

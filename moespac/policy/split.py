@@ -1,0 +1,153 @@
+"""BALANCE at dispatch: the router has fired, residency is known; who computes which of this layer's experts?
+
+The finish times that are minimised:
+- the host computes one expert after the other, those in its memory first, then as reads arrive;
+- the accelerator computes what it holds, then what is arriving, then what the link copies, one by one;
+- storage reads one record after the other, for the accelerator (which has the longer way) before the host.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moespac.config import BalanceConfig
+from moespac.policy.cost import CostModel
+
+
+class State(IntEnum):
+    """Where an expert is when its layer is dispatched, the nearest to the accelerator first."""
+
+    ACCELERATOR = 0
+    ARRIVING = 1  # on its way to the accelerator; a complete copy is in host memory
+    HOST = 2
+    STORAGE = 3
+
+
+def split(
+    counts: NDArray[np.int64], states: NDArray[np.int64], costs: CostModel, config: BalanceConfig, slots: int
+) -> NDArray[np.bool_]:
+    """Which experts the accelerator computes, (n,): the assignment of least makespan.
+
+    ``counts`` (n,) tokens of each active expert, ``states`` (n,) its ``State``, sorted by state, then by
+    tokens descending; at most ``slots`` go to the accelerator. Experts equal in both are alike: assignments
+    are enumerated by how many of each class go there: exact while those are at most ``config.exact_splits``,
+    else the best prefix of the experts in their order.
+    """
+    changes = np.flatnonzero((states[1:] != states[:-1]) | (counts[1:] != counts[:-1])) + 1
+    begins = np.concatenate([[0], changes])
+    sizes = np.concatenate([changes, [len(counts)]]) - begins
+    ways = tuple((sizes + 1).tolist())
+    if math.prod(ways) > config.exact_splits:
+        return np.arange(len(counts)) < _best_prefix(counts, states, costs, slots)
+    choices = np.stack(np.unravel_index(np.arange(math.prod(ways)), ways), axis=1)
+    if len(counts) > slots:
+        choices = choices[choices.sum(axis=1) <= slots]
+    best = choices[makespans(choices, sizes, counts[begins], states[begins], costs).argmin()]
+    return np.arange(len(counts)) < np.repeat(begins + best, sizes)
+
+
+def _best_prefix(counts: NDArray[np.int64], states: NDArray[np.int64], costs: CostModel, slots: int) -> int:
+    """How many experts, from the first, go to the accelerator for the least makespan.
+
+    Plain floats in two sweeps: at these sizes a loop is several times faster than a matrix of all prefixes.
+    """
+    on_host = costs.host_expert(counts).tolist()
+    on_accelerator = costs.accelerator_expert(counts).tolist()
+    first_stored = int(np.searchsorted(states, State.STORAGE))
+    n = len(on_host)
+
+    host = [0.0] * (n + 1)  # host[p]: when the host is done with experts p..n-1
+    work, read = 0.0, costs.storage
+    for i in range(n - 1, -1, -1):
+        work += on_host[i]
+        ready = (i - first_stored + 1) * read  # whichever device the reads before it serve
+        host[i] = max(host[i + 1], ready + work) if i >= first_stored else max(host[i + 1], work)
+
+    best, least = 0, host[0]
+    done = reads = arriving = 0.0
+    link = costs.link * int(np.count_nonzero(states == State.ARRIVING))  # they arrive, wanted or not
+    copy, here = costs.link, int(State.ACCELERATOR)
+    stored, flying = int(State.STORAGE), int(State.ARRIVING)
+    for i, state in enumerate(states[:slots].tolist()):
+        if state == here:
+            done += on_accelerator[i]
+        elif state == flying:
+            arriving += copy
+            done = max(done, arriving) + on_accelerator[i]
+        else:
+            if state == stored:
+                reads += read
+            link = max(link, reads) + copy
+            done = max(done, link) + on_accelerator[i]
+        if done >= least:
+            break  # more experts only make it later
+        if host[i + 1] < least:
+            best, least = i + 1, max(done, host[i + 1])
+    return best
+
+
+def makespans(
+    choices: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    tokens: NDArray[np.int64],
+    states: NDArray[np.int64],
+    costs: CostModel,
+) -> NDArray[np.float64]:
+    """(choices,) seconds until both devices are done, if ``choices`` (choices, classes) experts of each class
+    go to the accelerator and the rest of its ``sizes`` to the host. Classes are sorted as experts are.
+
+    Within a state experts become available at a steady pace and run by tokens descending, so the time that a
+    device is held up is convex along them: only the first and the last of a state matter (``_run``).
+    """
+    arriving, host, storage = np.searchsorted(states, (1, 2, 3)).tolist()
+    there = choices.astype(np.float64)  # small whole numbers, exact; BLAS multiplies no integers
+    here = sizes - there
+    seconds = costs.host_expert(tokens)
+    reads = _number(there[:, storage:])
+    by_host = here[:, :storage] @ seconds[:storage]
+    by_host = _run(by_host, here[:, storage:], seconds[storage:], [(reads * costs.storage, costs.storage)])
+
+    seconds = costs.accelerator_expert(tokens)
+    busy = there[:, :arriving] @ seconds[:arriving]
+    busy = _run(busy, there[:, arriving:host], seconds[arriving:host], [(0.0, costs.link)])
+    link_free = sizes[arriving:host].sum() * costs.link  # what is in flight occupies the link, wanted or not
+    busy = _run(busy, there[:, host:storage], seconds[host:storage], [(link_free, costs.link)])
+    link_free = link_free + _number(there[:, host:storage]) * costs.link
+    # The i-th record from storage is there when the link has copied all before it, or when the first read and
+    # i copies are done, or when i reads and a copy are done, whichever is last.
+    ways = [(link_free, costs.link), (costs.storage, costs.link), (costs.link, costs.storage)]
+    busy = _run(busy, there[:, storage:], seconds[storage:], ways)
+    return np.maximum(by_host, busy)
+
+
+def _run(
+    busy: NDArray[np.float64],
+    counts: NDArray[np.float64],
+    seconds: NDArray[np.float64],
+    ways: list[tuple[NDArray[np.float64] | float, float]],
+) -> NDArray[np.float64]:
+    """When a device that is ``busy`` until then (choices,) is done with experts that come one by one.
+
+    ``counts`` (choices, classes) of them take ``seconds`` (classes,) each, falling; the i-th, from 1, comes
+    at the latest of ``begin + i * interval`` over the ``ways``.
+    """
+    if not counts.size:
+        return busy
+    computing = counts @ seconds
+    number = _number(counts)
+    last = np.where(counts > 0, seconds, np.inf).min(axis=1)
+    start, end = busy, np.zeros_like(busy)
+    for begin, interval in ways:
+        start = np.maximum(start, begin + interval)  # held up by the first, then never idle
+        end = np.maximum(end, begin + number * interval)  # held up by the last
+    done = np.maximum(start + computing, end + last)
+    return np.where(number > 0, done, busy)
+
+
+def _number(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(choices,) experts of all classes; a product with ones takes a third of the time of a sum."""
+    return counts @ np.ones(counts.shape[1])

@@ -1,0 +1,281 @@
+"""A hypothesis state machine drives tiers and transfers; the books must agree after every step."""
+
+from __future__ import annotations
+
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from moespac.config import CostConfig, MemoryConfig
+from moespac.errors import StorageError
+from moespac.experts.accelerator import Accelerator
+from moespac.experts.memory import ExpertMemory
+from moespac.experts.workers import Bell
+from moespac.policy.cost import CostModel
+from moespac.types import Plan
+from tests.fakes import RECORD_BYTES, FakeStore
+
+LAYERS, EXPERTS = 3, 4
+TOTAL = LAYERS * EXPERTS
+some_expert = st.integers(0, TOTAL - 1)
+some_order = st.permutations(range(TOTAL))
+
+
+def build_memory(store: FakeStore, host: int, device: int, asynchronous: bool) -> ExpertMemory:
+    config = MemoryConfig(readers=2, queue_depth=3, read_retries=1, asynchronous=asynchronous)
+    bell = Bell()
+    accelerator = None
+    if device:
+        accelerator = Accelerator(torch.device("cpu"), device, RECORD_BYTES, TOTAL, bell, asynchronous)
+    return ExpertMemory(store, host, accelerator, config, CostModel(CostConfig(), RECORD_BYTES), bell)
+
+
+def hold_copies(accelerator: Accelerator, gate: threading.Event) -> None:
+    """Every copy over the link waits for ``gate`` before it looks at its source."""
+    submit = accelerator._link.submit
+
+    def submit_behind_gate(job, *priority):
+        def gated() -> None:
+            gate.wait()
+            job()
+
+        return submit(gated, *priority)
+
+    accelerator._link.submit = submit_behind_gate
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    """The decode thread's possible actions in any order, against real workers."""
+
+    asynchronous = True
+
+    @initialize(host=st.integers(1, 6), device=st.integers(0, 3))
+    def build(self, host: int, device: int) -> None:
+        self.threads_before = threading.active_count()
+        self.store = FakeStore(LAYERS, EXPERTS)
+        self.memory = build_memory(self.store, host, device, self.asynchronous)
+        self.link_gate = threading.Event()  # copies wait for it
+        self.link_gate.set()
+        if self.memory.accelerator is not None:
+            hold_copies(self.memory.accelerator, self.link_gate)
+        self.values = np.zeros(TOTAL)
+        self.pinned: list[tuple[object, int]] = []
+
+    def retention(self, tier: str) -> np.ndarray:
+        return self.values
+
+    @rule(order=some_order)
+    def change_minds(self, order: list[int]) -> None:
+        self.values = np.array(order, dtype=float)
+
+    @rule(host=some_order, device=some_order)
+    def follow(self, host: list[int], device: list[int]) -> None:
+        self.memory.follow(
+            Plan(np.array(host[:5]), np.array(device[:3]) if self.memory.accelerator else Plan().host)
+        )
+
+    @rule()
+    def pump(self) -> None:
+        self.memory.pump(self.retention)
+
+    @rule(expert=some_expert)
+    def demand_host(self, expert: int) -> None:
+        if not self.memory.host.ready[expert]:
+            self.memory.demand_host(expert, self.retention)
+
+    @precondition(lambda self: self.memory.accelerator is not None)
+    @rule(expert=some_expert)
+    def demand_accelerator(self, expert: int) -> None:
+        if not self.memory.accelerator.tier.ready[expert]:
+            self.memory.demand_accelerator(expert, self.retention)
+
+    @rule(layer=st.integers(0, LAYERS - 1), active=st.sets(st.integers(0, EXPERTS - 1)))
+    def start_layer(self, layer: int, active: set[int]) -> None:
+        self.memory.start_layer(layer, np.array([layer * EXPERTS + e for e in active], dtype=np.int64))
+
+    @rule(expert=some_expert)
+    def pin(self, expert: int) -> None:
+        for tier in self.tiers():
+            if tier.ready[expert] and len(self.pinned) < 2:
+                tier.pin(expert)
+                self.pinned.append((tier, expert))
+
+    @rule()
+    def release(self) -> None:
+        if self.pinned:
+            tier, expert = self.pinned.pop()
+            tier.release(expert)
+
+    @rule(expert=some_expert)
+    def break_disk(self, expert: int) -> None:
+        self.store.failing.add(expert)
+
+    @rule()
+    def mend_disk(self) -> None:
+        self.store.failing.clear()
+
+    @rule()
+    def block_disk(self) -> None:
+        if self.asynchronous:  # the synchronous twin would wait for itself
+            self.store.gate.clear()
+
+    @rule()
+    def unblock_disk(self) -> None:
+        self.store.gate.set()
+
+    @rule()
+    def block_link(self) -> None:
+        if self.asynchronous:
+            self.link_gate.clear()
+
+    @rule()
+    def unblock_link(self) -> None:
+        self.link_gate.set()
+
+    @rule()
+    def settle(self) -> None:
+        try:
+            self.memory.settle()
+        except StorageError as error:
+            assert self.store.failing
+            assert "check the disk" in str(error)
+
+    @rule()
+    def quiesce(self) -> None:
+        self.store.gate.set()
+        self.link_gate.set()
+        self.memory.quiesce()
+        assert not any(tier.filling.any() for tier in self.tiers())
+
+    def tiers(self):
+        yield self.memory.host
+        if self.memory.accelerator is not None:
+            yield self.memory.accelerator.tier
+
+    @invariant()
+    def books_agree(self) -> None:
+        if hasattr(self, "memory"):
+            self.memory.check_integrity()
+
+    @invariant()
+    def ready_records_hold_their_expert(self) -> None:
+        if hasattr(self, "memory"):
+            for tier in self.tiers():
+                for expert in np.flatnonzero(tier.ready):
+                    assert (tier.record(expert) == self.store.pattern(expert)).all()
+
+    @invariant()
+    def pinned_records_stay(self) -> None:
+        for tier, expert in getattr(self, "pinned", []):
+            assert tier.ready[expert]
+
+    def teardown(self) -> None:
+        if hasattr(self, "memory"):
+            self.store.gate.set()
+            self.link_gate.set()
+            self.memory.close()
+            assert threading.active_count() == self.threads_before, "no thread outlives close()"
+
+
+class SynchronousMachine(MemoryMachine):
+    asynchronous = False
+
+
+CALM = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestAsynchronous = MemoryMachine.TestCase
+TestAsynchronous.settings = CALM
+TestSynchronous = SynchronousMachine.TestCase
+TestSynchronous.settings = CALM
+
+
+def ranks(tier: str) -> np.ndarray:
+    return np.arange(TOTAL, dtype=float)
+
+
+@pytest.fixture(params=[True, False], ids=["asynchronous", "synchronous"])
+def memory(request):
+    memory = build_memory(FakeStore(LAYERS, EXPERTS), host=2, device=1, asynchronous=request.param)
+    yield memory
+    memory.close()
+
+
+def test_prefetch_never_evicts_what_is_worth_more(memory) -> None:
+    for expert in (10, 11):
+        memory.demand_host(expert, ranks)
+    memory.quiesce()
+    memory.follow(Plan(np.array([3, 4])))
+    memory.pump(ranks)
+    memory.quiesce()
+    assert np.flatnonzero(memory.host.ready).tolist() == [10, 11]
+
+
+def test_demand_evicts_the_least_retained(memory) -> None:
+    for expert in (4, 9):
+        memory.demand_host(expert, ranks)
+    memory.quiesce()
+    assert memory.demand_host(0, ranks)
+    memory.quiesce()
+    assert np.flatnonzero(memory.host.ready).tolist() == [0, 9]
+
+
+def test_a_read_error_is_retried_then_typed(memory) -> None:
+    memory.store.failing.add(5)
+    memory.demand_host(5, ranks)
+    with pytest.raises(StorageError, match=r"expert 1 of MoE layer 1 failed 2 times"):
+        while memory.host.filling[5]:
+            memory.settle()
+    assert memory.store.reads.count(5) == 2
+    memory.store.failing.clear()
+    memory.demand_host(5, ranks)
+    memory.quiesce()
+    assert memory.host.ready[5]
+
+
+def test_a_demand_overtakes_queued_prefetches() -> None:
+    store = FakeStore(LAYERS, EXPERTS)
+    memory = build_memory(store, host=6, device=0, asynchronous=True)
+    store.gate.clear()
+    memory.follow(Plan(np.array([1, 2, 3])))
+    memory.pump(ranks)  # two readers take two, the third waits in the queue
+    memory.demand_host(8, ranks)
+    store.gate.set()
+    memory.quiesce()
+    memory.close()
+    assert store.reads.index(8) < store.reads.index(3)
+
+
+def test_a_useless_prefetch_is_dropped_from_the_queue() -> None:
+    store = FakeStore(LAYERS, EXPERTS)
+    memory = build_memory(store, host=6, device=0, asynchronous=True)
+    store.gate.clear()
+    memory.follow(Plan(np.array([8, 9, 1])))
+    memory.pump(ranks)
+    memory.start_layer(0, np.array([2]))
+    store.gate.set()
+    memory.quiesce()
+    memory.close()
+    assert 1 not in store.reads
+    assert not memory.host.ready[1]
+
+
+def test_the_source_of_a_copy_stays_until_the_copy_is_done() -> None:
+    memory = build_memory(FakeStore(LAYERS, EXPERTS), host=1, device=1, asynchronous=True)
+    gate = threading.Event()
+    hold_copies(memory.accelerator, gate)
+    memory.demand_host(0, ranks)
+    memory.quiesce()
+    assert memory.demand_accelerator(0, ranks)
+    assert not memory.demand_host(7, ranks), "the only slot is being copied from"
+    gate.set()
+    memory.quiesce()
+    assert memory.demand_host(7, ranks)
+    memory.quiesce()
+    assert (memory.accelerator.tier.record(0) == FakeStore.pattern(0)).all()
+    memory.close()

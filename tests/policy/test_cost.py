@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moespac.config import CostConfig
+from moespac.policy.cost import CostModel
+
+MEGABYTE = 1 << 20
+
+
+def test_priors_follow_from_size_and_bandwidth() -> None:
+    config = CostConfig(host_bandwidth=1e9, host_token_share=0.5, link_bandwidth=2e9, storage_bandwidth=0.5e9)
+    costs = CostModel(config, record_bytes=1_000_000)
+    assert costs.link == pytest.approx(0.5e-3)
+    assert costs.storage == pytest.approx(2e-3)
+    assert costs.host_expert(np.array([1, 3, 5000])) == pytest.approx([1e-3, 2e-3, 2500.5e-3])
+
+
+def test_a_measurement_replaces_the_prior_and_scales_what_was_not_measured() -> None:
+    costs = CostModel(CostConfig(host_bandwidth=1e9, host_token_share=0.5), record_bytes=1_000_000)
+    costs.observe_host(4, 25e-3)  # ten times the prior
+    assert costs.host_expert(np.array([1, 4, 8])) == pytest.approx([10e-3, 25e-3, 45e-3])
+
+
+def test_an_odd_number_of_tokens_is_scaled_to_its_bucket() -> None:
+    costs = CostModel(CostConfig(host_bandwidth=1e9, host_token_share=0.5), record_bytes=1_000_000)
+    costs.observe_host(5, 30e-3)  # ten times the prior
+    assert costs.host_expert(np.array([5])) == pytest.approx([30e-3])
+
+
+def test_a_stray_measurement_does_nothing() -> None:
+    costs = CostModel(CostConfig(), MEGABYTE)
+    for seconds in (1e-3, 1e-3, 5.0, 1e-3, 1e-3):
+        costs.observe_link(seconds)
+        costs.observe_storage(seconds)
+        costs.observe_accelerator(1, seconds)
+    assert costs.link == costs.storage == 1e-3
+    assert costs.accelerator_expert(np.array([1])) == pytest.approx([1e-3])
+
+
+def test_it_follows_a_change_that_lasts() -> None:
+    costs = CostModel(CostConfig(samples=5), MEGABYTE)
+    for seconds in [1e-3] * 20 + [3e-3] * 3:
+        costs.observe_link(seconds)
+    assert costs.link == 3e-3
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.floats(1e-6, 10)), max_size=12))
+def test_more_tokens_are_never_cheaper(measured: list[tuple[int, float]]) -> None:
+    costs = CostModel(CostConfig(), MEGABYTE)
+    for tokens, seconds in measured:
+        costs.observe_host(tokens, seconds)
+    curve = costs.host_expert(np.arange(1, 6000, 7))
+    assert (curve > 0).all() and (np.diff(curve) >= 0).all()

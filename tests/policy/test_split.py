@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from moespac.config import BalanceConfig, CostConfig
+from moespac.policy.cost import CostModel
+from moespac.policy.split import State, split
+
+EXACT = BalanceConfig(exact_splits=1 << 20)
+
+
+def _machine(rng: np.random.Generator) -> CostModel:
+    """Random speeds, so that each resource is the bottleneck in some instance."""
+    costs = CostModel(CostConfig(), record_bytes=1 << 20)
+    costs.observe_link(rng.uniform(0.1, 3))
+    costs.observe_storage(rng.uniform(0.1, 6))
+    for tokens in (1, 2, 4, 8):
+        costs.observe_host(tokens, rng.uniform(0.5, 2) * (1 + tokens / 2))
+        costs.observe_accelerator(tokens, rng.uniform(0.05, 1) * (1 + tokens / 8))
+    return costs
+
+
+def _instance(rng: np.random.Generator, most: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    n = int(rng.integers(1, most))
+    counts, states = rng.integers(1, 6, n), rng.integers(0, 4, n)
+    order = np.lexsort((-counts, states))
+    return counts[order], states[order]
+
+
+def _simulate(on_accelerator: np.ndarray, counts: np.ndarray, states: np.ndarray, costs: CostModel) -> float:
+    """The finish time, told expert by expert."""
+    host, accelerator = costs.host_expert(counts), costs.accelerator_expert(counts)
+    reads = gpu = cpu = 0.0
+    link = (states == State.ARRIVING).sum() * costs.link  # they arrive, wanted or not
+    arrived = 0
+    for i in np.flatnonzero(on_accelerator):
+        ready = 0.0
+        if states[i] == State.ARRIVING:
+            arrived += 1
+            ready = arrived * costs.link
+        elif states[i] == State.HOST:
+            link += costs.link
+            ready = link
+        elif states[i] == State.STORAGE:
+            reads += costs.storage
+            link = max(link, reads) + costs.link
+            ready = link
+        gpu = max(gpu, ready) + accelerator[i]
+    for i in np.flatnonzero(~on_accelerator):
+        ready = 0.0
+        if states[i] == State.STORAGE:
+            reads += costs.storage
+            ready = reads
+        cpu = max(cpu, ready) + host[i]
+    return max(cpu, gpu)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_split_is_the_best_of_all_assignments(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    costs, (counts, states) = _machine(rng), _instance(rng)
+    slots = int(rng.integers(1, len(counts) + 1))
+    there = split(counts, states, costs, EXACT, slots)
+    every = (np.array(bits) for bits in product([False, True], repeat=len(counts)))
+    best = min(_simulate(bits, counts, states, costs) for bits in every if bits.sum() <= slots)
+    assert there.sum() <= slots
+    assert _simulate(there, counts, states, costs) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_prefix_way_is_no_worse_than_either_device_alone(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    costs, (counts, states) = _machine(rng), _instance(rng, most=40)
+    there = split(counts, states, costs, BalanceConfig(exact_splits=0), slots=len(counts))
+    alone = [_simulate(np.full(len(counts), on), counts, states, costs) for on in (False, True)]
+    assert _simulate(there, counts, states, costs) <= min(alone) + 1e-9
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_prefix_way_finds_the_best_prefix(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    costs, (counts, states) = _machine(rng), _instance(rng, most=40)
+    slots = int(rng.integers(1, len(counts) + 1))
+    there = split(counts, states, costs, BalanceConfig(exact_splits=0), slots)
+    prefixes = [np.arange(len(counts)) < p for p in range(slots + 1)]
+    best = min(_simulate(prefix, counts, states, costs) for prefix in prefixes)
+    assert there.sum() <= slots
+    assert _simulate(there, counts, states, costs) == pytest.approx(best)
+
+
+def test_a_resident_expert_stays_on_a_fast_accelerator() -> None:
+    costs = CostModel(CostConfig(host_bandwidth=20e9, link_bandwidth=1e9), record_bytes=10 << 20)
+    there = split(np.array([1, 1]), np.array([State.ACCELERATOR, State.HOST]), costs, EXACT, slots=2)
+    np.testing.assert_array_equal(there, [True, False])
+
+
+def test_misses_are_shared_between_both_devices() -> None:
+    costs = CostModel(CostConfig(host_bandwidth=20e9, link_bandwidth=20e9), record_bytes=10 << 20)
+    there = split(np.ones(10, np.int64), np.full(10, int(State.HOST)), costs, EXACT, slots=10)
+    assert there.sum() == 5
