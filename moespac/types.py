@@ -90,6 +90,7 @@ class Placement:
     host: Ids
     accelerator: Ids = field(default_factory=lambda: NO_IDS)
     prefetch: Plan = field(default_factory=Plan)  # for policies that look a layer ahead
+    load: Ids = field(default_factory=lambda: NO_IDS)  # must be on the accelerator too, used or not
 
 
 @dataclass(frozen=True)
@@ -99,3 +100,4 @@ class Observation:
     window: Window
     routing: NDArray[np.int64]  # (layers, T, k) expert chosen; -1 where a layer did not route the token
     accepted: int  # drafted tokens that were accepted; tokens after them were not real demand
+    weights: NDArray[np.float32] | None = None  # (layers, T, k) the router's, where somebody records them

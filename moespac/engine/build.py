@@ -20,9 +20,8 @@ from moespac.experts.accelerator import Accelerator
 from moespac.experts.budget import available_device_bytes, available_host_bytes, is_none, slots_for
 from moespac.experts.compute import ExpertMath
 from moespac.experts.manifest import is_pack
-from moespac.experts.memory import ExpertMemory
+from moespac.experts.movers import LinkCopier, StorageReader, host_arena
 from moespac.experts.runtime import ExpertRuntime
-from moespac.experts.stats import PassClock
 from moespac.experts.store import CheckpointStore, ExpertStore, PackedStore
 from moespac.experts.workers import Bell
 from moespac.model.index import build_index
@@ -30,6 +29,8 @@ from moespac.model.load import choose_dtype, load_tokenizer, load_trunk
 from moespac.model.safetensors import TensorEntry, read_header
 from moespac.model.skeleton import Skeleton, build_skeleton
 from moespac.policy.registry import make_policy
+from moespac.schedule.memory import ExpertMemory
+from moespac.schedule.stats import PassClock
 from moespac.speculate.drafters import (
     Drafter,
     ModelDrafter,
@@ -127,14 +128,16 @@ def _build_runtime(
     memory, shape, bell = config.memory, store.shape, Bell()
     capacity = _capacity(memory, shape, device)
     policy = make_policy(config.policy, shape, capacity, config.method)
-    accelerator = None
+    arena = host_arena(capacity.host, shape.record_bytes)
+    reader = StorageReader(store, arena, memory, bell)
+    accelerator = link = None
     if capacity.accelerator:
-        accelerator = Accelerator(
-            device, capacity.accelerator, shape.record_bytes, shape.total, bell, memory.asynchronous
-        )
-    prototype = next(iter(skeleton.experts.values()))
-    tiers = ExpertMemory(store, capacity.host, accelerator, memory, policy.costs, bell)
-    return ExpertRuntime(tiers, policy, ExpertMath(prototype, store.layout), PassClock(time.perf_counter))
+        accelerator = Accelerator(device, capacity.accelerator, shape.record_bytes, bell, memory.asynchronous)
+        link = LinkCopier(accelerator, arena)
+    tiers = ExpertMemory(shape, capacity, reader, link, memory, policy.costs, bell)
+    math = ExpertMath(next(iter(skeleton.experts.values())), store.layout)
+    clock = PassClock(time.perf_counter)
+    return ExpertRuntime(store, tiers, policy, math, arena, accelerator, clock)
 
 
 def _capacity(memory: MemoryConfig, shape: ModelShape, device: torch.device) -> Capacity:

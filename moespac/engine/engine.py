@@ -52,7 +52,7 @@ class Engine:
 
     @property
     def shape(self) -> ModelShape:
-        return self.runtime.memory.store.shape
+        return self.runtime.store.shape
 
     # ---- one step ------------------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ class _Silent:
 
 def exactness(engine: Engine, sampling: SamplingConfig) -> str:
     """What the output of this run promises, in words."""
-    error = engine.runtime.memory.store.error
+    error = engine.runtime.store.error
     dtype = str(engine.model.dtype).removeprefix("torch.")
     if error > 0:
         return f"exact for the packed experts, which differ from the original by {error:.1%} (see `moespac eval`)"

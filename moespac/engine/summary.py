@@ -97,7 +97,7 @@ class Meter:
         memory, stats = self.runtime.memory, self.runtime.stats
         hits, misses = stats.hits - self._hits, stats.misses - self._misses
         decoded = new_tokens - self.first_tokens
-        accelerator = memory.accelerator.tier.peak_bytes if memory.accelerator is not None else 0
+        accelerator = memory.accelerator.peak_bytes if memory.accelerator is not None else 0
         return {
             "passes": self.passes,
             "tokens_per_second": decoded / decode if decoded and decode > 0 else None,

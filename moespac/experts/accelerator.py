@@ -10,32 +10,31 @@ from collections.abc import Callable
 
 import torch
 
-from moespac.experts.tiers import Tier
-from moespac.experts.workers import Bell, Ticket, Workers
+from moespac.experts.workers import Bell, Priority, Ticket, Workers
 
 
 class Accelerator:
-    """``slots`` records of ``record_bytes`` on ``device``; ``threads`` 0 makes every job synchronous."""
+    """``slots`` records of ``record_bytes`` on ``device``; not ``asynchronous`` makes every job synchronous."""
 
     def __init__(
-        self, device: torch.device, slots: int, record_bytes: int, total: int, bell: Bell, asynchronous: bool
+        self, device: torch.device, slots: int, record_bytes: int, bell: Bell, asynchronous: bool
     ) -> None:
         self.device = device
-        arena = torch.empty(slots, record_bytes, dtype=torch.uint8, device=device)
-        self.tier = Tier("accelerator", arena, total)
+        self.arena = torch.empty(slots, record_bytes, dtype=torch.uint8, device=device)
         threads = 1 if asynchronous else 0
-        self._link = Workers("link", threads, bell)
+        self.link = Workers("link", threads, bell)
         self._compute = Workers("accelerator", threads, bell)
 
-    def copy_in(self, source: torch.Tensor, target: torch.Tensor) -> Ticket:
+    def copy_in(self, source: torch.Tensor, slot: int, priority: Priority) -> Ticket:
         """Copy one host record (record_bytes,) into a slot of the arena."""
-        return self._link.submit(self._on_device(lambda: target.copy_(source)))
+        target = self.arena[slot]
+        return self.link.submit(self._on_device(lambda: target.copy_(source)), priority)
 
     def compute(self, job: Callable[[], object]) -> Ticket:
         return self._compute.submit(self._on_device(job))
 
     def close(self) -> None:
-        self._link.close()
+        self.link.close()
         self._compute.close()
 
     def _on_device(self, job: Callable[[], object]) -> Callable[[], None]:

@@ -11,11 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from moespac.experts.accelerator import Accelerator
 from moespac.experts.compute import ExpertMath
-from moespac.experts.layer import Groups, LayerRun
-from moespac.experts.memory import ExpertMemory, Retention
-from moespac.experts.stats import ExpertStats, PassClock
+from moespac.experts.devices import Groups, LayerTensors
+from moespac.experts.store import ExpertStore
 from moespac.policy.base import Policy
+from moespac.schedule.layer import LayerRun
+from moespac.schedule.memory import ExpertMemory, Retention
+from moespac.schedule.stats import ExpertStats, PassClock
 from moespac.types import Observation, Window
 
 UNKNOWN_TOKEN = -1  # in a pass that stock generate() runs, the runtime does not see the token ids
@@ -28,15 +31,30 @@ class ExpertRuntime:
     pass begins at the first layer and ends at the last, and all its tokens count as accepted.
     """
 
-    def __init__(self, memory: ExpertMemory, policy: Policy, math: ExpertMath, clock: PassClock) -> None:
+    def __init__(
+        self,
+        store: ExpertStore,
+        memory: ExpertMemory,
+        policy: Policy,
+        math: ExpertMath,
+        host: torch.Tensor,
+        accelerator: Accelerator | None,
+        clock: PassClock,
+    ) -> None:
+        """``host`` is the host tier's arena."""
+        self.store = store
         self.memory = memory
         self.policy = policy
         self.clock = clock
         self.stats = ExpertStats()
+        self.recorder: Callable[[Observation], None] | None = None  # sees what the policy sees
         self._math = math
-        self._shape = memory.store.shape
+        self._host = host
+        self._accelerator = accelerator
+        self._shape = store.shape
         self._window: Window | None = None
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
+        self._weights: list[NDArray[np.float32]] = []  # the router's weights beside them, for the recorder
 
     def plan(self, window: Window) -> None:
         """Decide what to fetch ahead of the pass that will run ``window``, and start fetching it."""
@@ -47,21 +65,20 @@ class ExpertRuntime:
 
     def begin_pass(self, window: Window) -> None:
         self._window = window
-        self._routing = []
+        self._routing, self._weights = [], []
 
     def end_pass(self, accepted: int) -> None:
         """The pass is verified: the policy learns what it showed."""
         assert self._window is not None
         window, self._window = self._window, None
         with self.clock.measure("decide"):
-            routing = np.stack(self._routing)
-            self.policy.observe(Observation(window, routing, accepted))
+            self._observe(window, accepted)
         self.stats.passes += 1
 
     def abandon_pass(self) -> None:
         """The pass failed or was interrupted: forget it, and let what is in flight land."""
         self._window = None
-        self._routing = []
+        self._routing, self._weights = [], []
         self.memory.quiesce()
 
     def close(self) -> None:
@@ -86,34 +103,44 @@ class ExpertRuntime:
         routing = index.cpu().numpy().astype(np.int64, copy=False)
         unattended = self._window is None
         if unattended and layer == 0:
-            self._routing = []
+            self._routing, self._weights = [], []
         # "No expert" is a number past the last one in some families; the policy knows it as -1.
         self._routing.append(np.where(routing < self._shape.experts, routing, -1))
+        if self.recorder is not None:
+            self._weights.append(weights.float().cpu().numpy())
         groups = Groups(routing, self._shape.experts)
         first_id = layer * self._shape.experts
         retention = self._retention(layer)
         with self.clock.measure("decide"):
             placement = self.policy.place(layer, groups.counts, self.memory.residency)
-            self.memory.start_layer(layer, np.concatenate([placement.host, placement.accelerator]))
+            self.memory.start_layer(layer, placement)
             self._count_hits(placement.host, placement.accelerator)
-        run = LayerRun(self.memory, self._math, self.policy.costs, self.clock, norm, groups, first_id, x)
-        out = run.execute(placement, retention)  # (T, k, hidden)
+        tensors = LayerTensors(
+            self._math, norm, groups, first_id, x, self._host, self._accelerator, self.clock.now
+        )
+        run = LayerRun(self.memory, tensors, self.policy.costs, self.clock, groups.counts, first_id)
+        run.execute(placement, retention)
         if unattended and layer == self._shape.layers - 1:
             self._end_unattended_pass(routing.shape[0])
-        return (out * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+        return (tensors.result() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
 
     def _end_unattended_pass(self, tokens: int) -> None:
         if len(self._routing) == self._shape.layers:
-            routing, self._routing = self._routing, []
-            window = Window(np.full(tokens, UNKNOWN_TOKEN, dtype=np.int64))
-            self.policy.observe(Observation(window, np.stack(routing), accepted=0))
+            self._observe(Window(np.full(tokens, UNKNOWN_TOKEN, dtype=np.int64)), accepted=0)
+
+    def _observe(self, window: Window, accepted: int) -> None:
+        weights = np.stack(self._weights) if self._weights else None
+        observation = Observation(window, np.stack(self._routing), accepted, weights)
+        self.policy.observe(observation)
+        if self.recorder is not None:
+            self.recorder(observation)
 
     def _count_hits(self, host: NDArray[np.int64], accelerator: NDArray[np.int64]) -> None:
         if self._window is not None and self._window.prefill:
             return
         hits = int(self.memory.host.ready[host].sum())
         if self.memory.accelerator is not None:
-            hits += int(self.memory.accelerator.tier.ready[accelerator].sum())
+            hits += int(self.memory.accelerator.ready[accelerator].sum())
         self.stats.hits += hits
         self.stats.misses += host.size + accelerator.size - hits
 

@@ -47,15 +47,17 @@ class Bell:
 class Ticket:
     """One job in flight. ``done`` once it ran (then ``error`` and ``seconds`` are final) or was cancelled."""
 
-    __slots__ = ("_clock", "_job", "_lock", "_taken", "cancelled", "done", "error", "seconds")
+    __slots__ = ("_clock", "_job", "_lock", "_queue_first", "_taken", "done", "error", "seconds")
 
-    def __init__(self, job: Callable[[], None], clock: Callable[[], float]) -> None:
+    def __init__(
+        self, job: Callable[[], None], clock: Callable[[], float], queue_first: Callable[[Ticket], None]
+    ) -> None:
         self._job = job
         self._clock = clock
+        self._queue_first = queue_first
         self._lock = threading.Lock()
         self._taken = False
         self.done = False
-        self.cancelled = False
         self.error: Exception | None = None
         self.seconds = 0.0
 
@@ -63,8 +65,13 @@ class Ticket:
         """Take the job back if no worker has begun it; True when it will never run."""
         if not self._take():
             return False
-        self.cancelled = self.done = True
+        self.done = True
         return True
+
+    def hurry(self) -> None:
+        """The job was speculative and is needed now: it goes ahead of all that are not."""
+        if not self.done:
+            self._queue_first(self)
 
     def run(self) -> bool:
         """Run the job unless another worker or ``cancel`` took it; True when it ran here."""
@@ -105,18 +112,13 @@ class Workers:
             thread.start()
 
     def submit(self, job: Callable[[], None], priority: Priority = Priority.DEMAND) -> Ticket:
-        ticket = Ticket(job, self._clock)
+        ticket = Ticket(job, self._clock, self._queue_first)
         if not self._threads:
             ticket.run()
             self._bell.ring()
             return ticket
         self._push(ticket, priority)
         return ticket
-
-    def hurry(self, ticket: Ticket) -> None:
-        """A queued speculative job is needed now: queue it again in front (whoever comes second skips it)."""
-        if not ticket.done and self._threads:
-            self._push(ticket, Priority.DEMAND)
 
     def close(self) -> None:
         """Stop after the jobs that are running; queued ones are cancelled. Returns when no thread is left."""
@@ -128,6 +130,10 @@ class Workers:
             self._condition.notify_all()
         for thread in self._threads:
             thread.join()
+
+    def _queue_first(self, ticket: Ticket) -> None:
+        """Queue it once more, in front; whoever takes it out second finds it taken and skips it."""
+        self._push(ticket, Priority.DEMAND)
 
     def _push(self, ticket: Ticket, priority: Priority) -> None:
         with self._condition:

@@ -2,17 +2,22 @@
 
 A decode step calls, in this order, all from one thread:
 
+    foresee_window(counts)               the draft's own routing, for policies with Sensor.DRAFT_ROUTING
     plan(window, residency)              before the pass, the drafted tokens are known
-    place(layer, counts, residency)      for each MoE layer, when its router has fired
-    retention(tier, layer)               whenever a slot is needed: the lowest value is evicted
+    for each MoE layer, when its router has fired:
+        foresee_layer(layer + 1, counts)     the next gate's guess, for policies with Sensor.NEXT_GATE
+        place(layer, counts, residency)
+        retention(tier, layer)               whenever a slot is needed: the lowest value is evicted
     observe(observation)                 after verification, acceptance is known
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +26,23 @@ from moespac.policy.cost import CostModel
 from moespac.types import Capacity, ModelShape, Observation, Placement, Plan, Residency, Window
 
 TierName = Literal["host", "accelerator"]
+Counts = NDArray[np.int64]
+
+
+class Sensor(Enum):
+    """What a policy wants to be told beyond routing and drafted tokens. It costs time, so only who asks gets it."""
+
+    NEXT_GATE = "the next layer's gate, applied to this layer's hidden states"
+    DRAFT_ROUTING = "the routing that the drafter's own hidden states suggest for the window"
+    FUTURE = "all routing to come: a bound, not a system; only where a trace is replayed"
 
 
 class Policy(ABC):
     """Decides which experts are where, and who computes them. Never touches a tensor, a clock or a thread."""
 
     name: str
+    sensors: ClassVar[frozenset[Sensor]] = frozenset()
+    speculates: ClassVar[bool] = True  # whether the system it stands for decodes speculatively
 
     def __init__(self, shape: ModelShape, capacity: Capacity, costs: CostModel) -> None:
         self.shape = shape
@@ -38,7 +54,7 @@ class Policy(ABC):
         return Plan()
 
     @abstractmethod
-    def place(self, layer: int, counts: NDArray[np.int64], residency: Residency) -> Placement:
+    def place(self, layer: int, counts: Counts, residency: Residency) -> Placement:
         """Who computes the active experts of ``layer``; ``counts`` (experts,) window tokens sent to each."""
 
     @abstractmethod
@@ -49,6 +65,15 @@ class Policy(ABC):
 
     def observe(self, observation: Observation) -> None:
         """Learn from a completed pass. By default nothing."""
+
+    def foresee_window(self, counts: Counts) -> None:
+        """``counts`` (layers, experts): what the drafter suggests for the pass to come."""
+
+    def foresee_layer(self, layer: int, counts: Counts) -> None:
+        """``counts`` (experts,): what the gate of ``layer`` says to the hidden states of the layer before it."""
+
+    def reveal(self, passes: Sequence[NDArray[np.int64]]) -> None:
+        """Each pass to come as its routing (layers, T, k)."""
 
     def load_profile(self, path: Path) -> None:
         """Start from what an earlier run learned. By default nothing is kept."""

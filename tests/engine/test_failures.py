@@ -42,7 +42,7 @@ def test_a_read_error_is_typed_and_survivable(
     path = save_checkpoint("qwen3_moe", tmp_path)
     settings = {"host_memory": "25%", "accelerator_memory": accelerator, "asynchronous": asynchronous}
     with moespac.load(path, draft="lookup", profile=None, **settings) as engine:
-        store = engine.runtime.memory.store = FailingStore(engine.runtime.memory.store)
+        store = engine.runtime.memory.reader.store = FailingStore(engine.runtime.store)
         stream = engine.stream(PROMPT, max_new_tokens=20)
         engine.step(stream._sequence)
         store.broken, store.after = True, after
@@ -61,7 +61,7 @@ def test_a_read_error_is_typed_and_survivable(
 def test_a_read_that_fails_once_is_not_noticed(tmp_path) -> None:
     path = save_checkpoint("qwen3_moe", tmp_path)
     with moespac.load(path, draft="none", host_memory="25%", profile=None) as engine:
-        store = engine.runtime.memory.store = FailingStore(engine.runtime.memory.store)
+        store = engine.runtime.memory.reader.store = FailingStore(engine.runtime.store)
         healthy, failures = store.read_into, set()
 
         def flaky(flat_id: int, buffer: np.ndarray) -> None:

@@ -2,15 +2,12 @@
 
 A slot is free, filling (its bytes are in flight) or ready; only a ready slot that nobody has pinned can be
 evicted. Weights are read-only, so eviction drops a copy and writes nothing back. All methods are called from
-the decode thread; workers only ever write the bytes of a filling slot.
+the deciding thread; movers only ever write the bytes of a filling slot.
 """
 
 from __future__ import annotations
 
-import mmap
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from moespac.policy.base import TierName
@@ -20,15 +17,15 @@ NOWHERE = -1
 
 
 class Tier:
-    """``slots`` records in one arena on one device. ``total`` experts exist in the model.
+    """The books of ``slots`` records. ``total`` experts exist in the model.
 
     ``ready`` and ``filling`` are (total,) flags by flat expert id, kept current at every change.
     """
 
-    def __init__(self, name: TierName, arena: torch.Tensor, total: int) -> None:
+    def __init__(self, name: TierName, slots: int, record_bytes: int, total: int) -> None:
         self.name = name
-        self.arena = arena  # (slots, record_bytes) uint8
-        self.slots, self.record_bytes = arena.shape
+        self.slots = slots
+        self.record_bytes = record_bytes
         self.ready = np.zeros(total, dtype=bool)
         self.filling = np.zeros(total, dtype=bool)
         self.peak_slots = 0
@@ -42,9 +39,11 @@ class Tier:
     def peak_bytes(self) -> int:
         return self.peak_slots * self.record_bytes
 
-    def record(self, expert: int) -> torch.Tensor:
-        """The slot's bytes, (record_bytes,) uint8; the caller has it pinned or is filling it."""
-        return self.arena[self._slot_of[expert]]
+    def slot(self, expert: int) -> int:
+        """Where a ready or filling record lies; the caller has it pinned or is filling it."""
+        slot = int(self._slot_of[expert])
+        assert slot != NOWHERE
+        return slot
 
     def reserve(self, expert: int, retention: NDArray[np.float64], worth: float = np.inf) -> bool:
         """Take a slot for ``expert`` and mark it filling; the least retained record makes way.
@@ -128,12 +127,3 @@ class Tier:
         self._expert_in[slot] = NOWHERE
         self._state[slot] = FREE
         self._free.append(slot)
-
-
-def host_arena(slots: int, record_bytes: int) -> torch.Tensor:
-    """Page-aligned host memory, (slots, record_bytes) uint8; pages cost nothing until they are written.
-
-    O_DIRECT reads want page alignment, which record_bytes (a multiple of 4096) keeps for every slot.
-    """
-    memory = mmap.mmap(-1, slots * record_bytes)
-    return torch.frombuffer(memory, dtype=torch.uint8).view(slots, record_bytes)

@@ -1,8 +1,6 @@
-"""One layer's experts: route -> place -> execute on both devices -> JOIN.
+"""One layer's experts: place -> fetch what is missing, compute what is there, on both devices at once -> JOIN.
 
-The event loop of ``LayerRun`` is the asynchronous execution engine of the paper (section 3): fetch what is
-missing, compute what is there, on both devices at once. Every expert writes its own rows of one
-(tokens, k, hidden) buffer that is reduced once, so the result does not depend on who computed what, or when.
+The event loop of ``LayerRun`` is the asynchronous execution engine of the paper (section 3).
 """
 
 from __future__ import annotations
@@ -12,41 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
-from moespac.experts.compute import ExpertMath
-from moespac.experts.memory import ExpertMemory, Retention
-from moespac.experts.stats import PassClock
-from moespac.experts.tiers import Tier
-from moespac.experts.workers import Ticket
 from moespac.policy.base import TierName
 from moespac.policy.cost import CostModel
+from moespac.schedule.memory import ExpertMemory, Retention
+from moespac.schedule.ports import Devices, Ticket
+from moespac.schedule.stats import PassClock
+from moespac.schedule.tiers import Tier
 from moespac.types import Placement
-
-
-class Groups:
-    """The tokens of each expert of one layer. ``routing`` is (T, k) expert numbers."""
-
-    def __init__(self, routing: NDArray[np.int64], experts: int) -> None:
-        flat = routing.reshape(-1)
-        self.top_k = routing.shape[1]
-        self.counts = np.bincount(flat[(flat >= 0) & (flat < experts)], minlength=experts)
-        self._order = np.argsort(flat, kind="stable")
-        # Some families route a token to "no expert" with a number outside the range; such slots stay zero.
-        self._start = int(np.count_nonzero(flat < 0))
-        self._ends = self._start + np.cumsum(self.counts)
-
-    def rows(self, expert: int) -> torch.Tensor:
-        """Rows of the flattened (T * k) buffer that belong to ``expert``."""
-        end = self._ends[expert]
-        return torch.from_numpy(self._order[end - self.counts[expert] : end])
 
 
 @dataclass
 class Side:
-    """The experts that one device computes in this layer, from missing over flying to ready (and pinned)."""
+    """The experts that one device needs in this layer, from missing over flying to ready (and pinned)."""
 
     tier: Tier
     missing: deque[int]
@@ -86,34 +63,32 @@ class Side:
 
 
 class LayerRun:
-    """The execution of one layer's experts in one pass."""
+    """The execution of one layer's experts in one pass.
+
+    ``counts`` (experts,) tokens of each; ``first_id`` is the flat id of the layer's expert 0.
+    """
 
     def __init__(
         self,
         memory: ExpertMemory,
-        math: ExpertMath,
+        devices: Devices,
         costs: CostModel,
         clock: PassClock,
-        norm: nn.Module | None,
-        groups: Groups,
+        counts: NDArray[np.int64],
         first_id: int,
-        x: torch.Tensor,
     ) -> None:
         self._memory = memory
-        self._math = math
+        self._devices = devices
         self._costs = costs
         self._clock = clock
-        self._norm = norm
-        self._groups = groups
-        self._first_id = first_id  # flat id of this layer's expert 0
-        self._x = x  # (T, hidden)
-        self._x_host = x.to("cpu")
-        self._out = x.new_zeros(x.shape[0] * groups.top_k, x.shape[1])  # (T * k, hidden)
-        self._jobs: list[tuple[Ticket, list[int]]] = []  # accelerator jobs in flight and the records they pin
+        self._counts = counts
+        self._first_id = first_id
+        self._loaded_only: set[int] = set()
+        self._jobs: list[tuple[Ticket, list[int]]] = []  # accelerator jobs in flight, the records they pin
         self._job_error: Exception | None = None
 
-    def execute(self, placement: Placement, retention: Retention) -> torch.Tensor:
-        """Compute every active expert where it is placed; returns (T, k, hidden), not yet weighted.
+    def execute(self, placement: Placement, retention: Retention) -> None:
+        """Have every active expert computed where it is placed.
 
         Raises StorageError or CheckpointError when an expert cannot be had; nothing stays pinned then.
         """
@@ -121,7 +96,9 @@ class LayerRun:
         sides: dict[TierName, Side] = {"host": host}
         device = None
         if self._memory.accelerator is not None:
-            device = Side(self._memory.accelerator.tier, deque(placement.accelerator.tolist()))
+            self._loaded_only = set(placement.load.tolist()) - set(placement.accelerator.tolist())
+            needed = placement.accelerator.tolist() + sorted(self._loaded_only)
+            device = Side(self._memory.accelerator, deque(needed))
             sides["accelerator"] = device
         else:
             assert placement.accelerator.size == 0, "no accelerator to compute on"
@@ -132,7 +109,6 @@ class LayerRun:
             for side in sides.values():
                 for expert in side.ready:
                     side.tier.release(expert)
-        return self._out.view(self._x.shape[0], self._groups.top_k, -1)
 
     def _run(
         self, sides: dict[TierName, Side], host: Side, device: Side | None, retention: Retention
@@ -164,45 +140,35 @@ class LayerRun:
 
     def _compute_on_host(self, side: Side) -> None:
         expert = side.ready[0]
-        rows = self._rows(expert)
-        with self._clock.measure("host_experts") as elapsed:
-            y = self._math(
-                self._x_host[rows // self._groups.top_k], self._memory.host.record(expert), self._norm
-            )
-            self._out[rows] = y.to(self._out.device)
-        self._costs.observe_host(len(rows), elapsed.seconds)
+        with self._clock.measure("host_experts"):
+            seconds = self._devices.compute_on_host(expert, side.tier.slot(expert))
+        self._costs.observe_host(self._tokens(expert), seconds)
         side.ready.popleft()
         side.tier.release(expert)
 
     def _launch(self, side: Side) -> None:
-        """Hand all experts that are ready on the accelerator to its worker, as one job."""
-        if not side.ready:
-            return
-        accelerator = self._memory.accelerator
-        assert accelerator is not None
-        experts = list(side.ready)
-        side.ready.clear()  # their pins now belong to the job
-
-        def job() -> None:
-            x = self._x.to(accelerator.device)
-            for expert in experts:
-                rows = self._rows(expert)
-                y = self._math(x[rows // self._groups.top_k], accelerator.tier.record(expert), self._norm)
-                self._out[rows] = y.to(self._out.device)
-
-        self._jobs.append((accelerator.compute(job), experts))
+        """Hand all experts that are ready on the accelerator to it, as one job."""
+        experts = [expert for expert in side.ready if expert not in self._loaded_only]
+        for expert in side.ready:
+            if expert in self._loaded_only:
+                side.tier.release(expert)
+        side.ready.clear()  # the other pins now belong to the job
+        if experts:
+            slots = [side.tier.slot(expert) for expert in experts]
+            self._jobs.append((self._devices.compute_on_accelerator(experts, slots), experts))
 
     def _reap_jobs(self) -> None:
         done = [job for job in self._jobs if job[0].done]
         self._jobs = [job for job in self._jobs if not job[0].done]
         for ticket, experts in done:
+            assert self._memory.accelerator is not None
             for expert in experts:
-                self._device.release(expert)
+                self._memory.accelerator.release(expert)
             if ticket.error is not None:
                 self._job_error = ticket.error
                 continue
             self._clock.add("accelerator_experts", ticket.seconds)
-            tokens = sum(len(self._rows(expert)) for expert in experts)
+            tokens = sum(self._tokens(expert) for expert in experts)
             self._costs.observe_accelerator(
                 max(1, round(tokens / len(experts))), ticket.seconds / len(experts)
             )
@@ -214,10 +180,5 @@ class LayerRun:
             if self._jobs:
                 self._memory.bell.wait_beyond(seen)
 
-    @property
-    def _device(self) -> Tier:
-        assert self._memory.accelerator is not None
-        return self._memory.accelerator.tier
-
-    def _rows(self, expert: int) -> torch.Tensor:
-        return self._groups.rows(expert - self._first_id)
+    def _tokens(self, expert: int) -> int:
+        return int(self._counts[expert - self._first_id])

@@ -1,6 +1,6 @@
 """The tiers together: what is resident where, and what is in flight between them.
 
-storage --read--> host --copy--> accelerator. The decode thread decides and keeps the books; workers move
+storage --read--> host --copy--> accelerator. One thread decides and keeps the books; movers move
 bytes. A flight is a filling slot with the ticket of the job that fills it.
 """
 
@@ -15,14 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.config import MemoryConfig
-from moespac.errors import StorageError
-from moespac.experts.accelerator import Accelerator
-from moespac.experts.store import ExpertStore
-from moespac.experts.tiers import Tier, host_arena
-from moespac.experts.workers import Bell, Priority, Ticket, Workers
 from moespac.policy.base import TierName
 from moespac.policy.cost import CostModel
-from moespac.types import Capacity, Ids, Plan, Residency
+from moespac.schedule.ports import Bell, Mover, Ticket
+from moespac.schedule.tiers import Tier
+from moespac.types import Capacity, ModelShape, Placement, Plan, Residency
 
 log = logging.getLogger(__name__)
 
@@ -45,21 +42,26 @@ class ExpertMemory:
 
     def __init__(
         self,
-        store: ExpertStore,
-        host_slots: int,
-        accelerator: Accelerator | None,
+        shape: ModelShape,
+        capacity: Capacity,
+        reader: Mover,
+        link: Mover | None,
         config: MemoryConfig,
         costs: CostModel,
         bell: Bell,
     ) -> None:
-        self.store = store
-        self.accelerator = accelerator
+        self.shape = shape
+        self.reader = reader
+        self.link = link
         self.bell = bell
-        self.host = Tier("host", host_arena(host_slots, store.layout.nbytes), store.shape.total)
+        self.host = Tier("host", capacity.host, shape.record_bytes, shape.total)
+        self.accelerator: Tier | None = None
+        if capacity.accelerator:
+            self.accelerator = Tier("accelerator", capacity.accelerator, shape.record_bytes, shape.total)
+        assert (link is None) == (self.accelerator is None)
         self.bytes_read = {"storage": 0, "link": 0}
         self._config = config
         self._costs = costs
-        self._readers = Workers("reader", config.readers if config.asynchronous else 0, bell)
         self._flights: dict[tuple[TierName, int], Flight] = {}
         self._ahead: dict[TierName, deque[int]] = {"host": deque(), "accelerator": deque()}
         self.residency = self._residency()
@@ -74,20 +76,23 @@ class ExpertMemory:
     def pump(self, retention: Retention) -> None:
         """Start prefetches, best first, as far as the queue depth allows. Cheap when there is nothing to do."""
         if self.accelerator is not None:
-            self._pump_accelerator(self.accelerator.tier, retention)
+            self._pump_accelerator(self.accelerator, retention)
         queue = self._ahead["host"]
         while queue and self._in_flight("host") < self._config.queue_depth:
             expert = queue.popleft()
             if not self._held(self.host, expert):
                 self._read(expert, retention, speculative=True)
 
-    def start_layer(self, layer: int, active: Ids) -> None:
-        """The layer's routing is known: prefetches of its other experts are useless now and are dropped."""
-        experts = self.store.shape.experts
-        wanted = set(active.tolist())
+    def start_layer(self, layer: int, placement: Placement) -> None:
+        """The layer's routing is known: prefetches of its other experts are useless now and are dropped, and
+        what the placement wants ahead comes before the rest of the plan."""
+        experts = self.shape.experts
+        wanted = {*placement.host.tolist(), *placement.accelerator.tolist(), *placement.load.tolist()}
         for name, queue in self._ahead.items():
             if queue:
                 self._ahead[name] = deque(e for e in queue if e // experts > layer)
+        self._ahead["host"].extendleft(reversed(placement.prefetch.host.tolist()))
+        self._ahead["accelerator"].extendleft(reversed(placement.prefetch.accelerator.tolist()))
         for (name, expert), flight in list(self._flights.items()):
             useless = expert // experts == layer and expert not in wanted and not flight.demanded
             if useless and name == "host" and flight.ticket.cancel():
@@ -103,25 +108,27 @@ class ExpertMemory:
             return self._read(expert, retention, speculative=False)
         if not flight.demanded:
             flight.demanded = True
-            self._readers.hurry(flight.ticket)
+            flight.ticket.hurry()
         return True
 
     def demand_accelerator(self, expert: int, retention: Retention) -> bool:
         """Have the expert copied to the accelerator, from storage if need be. False: ask again later."""
-        assert self.accelerator is not None
+        assert self.link is not None
         flight = self._flights.get(("accelerator", expert))
         if flight is not None:
-            flight.demanded = True
+            if not flight.demanded:
+                flight.demanded = True
+                flight.ticket.hurry()
             return True
         if not self.host.ready[expert]:
             self.demand_host(expert, retention)
             return False
-        return self._copy(self.accelerator, expert, retention, speculative=False)
+        return self._copy(expert, retention, speculative=False)
 
     def settle(self) -> list[tuple[TierName, int]]:
         """Enter the completed flights in the books; returns what has become ready.
 
-        Raises StorageError or CheckpointError when a flight that a layer waits for failed.
+        Raises the mover's error (StorageError, CheckpointError) when a flight that a layer waits for failed.
         """
         arrived: list[tuple[TierName, int]] = []
         failed: Exception | None = None
@@ -155,16 +162,19 @@ class ExpertMemory:
             self.bell.wait_beyond(seen)
 
     def close(self) -> None:
-        """Stop all threads. The memory is not usable afterwards."""
-        self._readers.close()
-        if self.accelerator is not None:
-            self.accelerator.close()
-        self.store.close()
+        """Stop all movers. The memory is not usable afterwards."""
+        self.reader.close()
+        if self.link is not None:
+            self.link.close()
+
+    @property
+    def tiers(self) -> list[Tier]:
+        """The fast tiers that exist."""
+        return [self.host] if self.accelerator is None else [self.host, self.accelerator]
 
     def check_integrity(self) -> None:
         """Assert that the books of all tiers and of the flights agree."""
-        tiers = [self.host] + ([self.accelerator.tier] if self.accelerator is not None else [])
-        for tier in tiers:
+        for tier in self.tiers:
             tier.check_integrity()
             flying = {expert for name, expert in self._flights if name == tier.name}
             assert flying == set(np.flatnonzero(tier.filling).tolist()), (
@@ -176,37 +186,24 @@ class ExpertMemory:
     def _read(self, expert: int, retention: Retention, speculative: bool) -> bool:
         if not self._reserve(self.host, expert, retention, speculative):
             return False
-        buffer = self.host.record(expert).numpy()
-        priority = Priority.SPECULATIVE if speculative else Priority.DEMAND
         load = min(self._in_flight("host") + 1, self._config.readers)
-        ticket = self._readers.submit(lambda: self._read_with_retries(expert, buffer), priority)
+        ticket = self.reader.move(expert, self.host.slot(expert), None, speculative)
         self._flights["host", expert] = Flight(self.host, expert, ticket, not speculative, load)
         return True
 
-    def _read_with_retries(self, expert: int, buffer: NDArray[np.uint8]) -> None:
-        for attempts_left in range(self._config.read_retries, -1, -1):
-            try:
-                self.store.read_into(expert, buffer)
-                return
-            except OSError as error:
-                if attempts_left == 0:
-                    layer, number = divmod(expert, self.store.shape.experts)
-                    raise StorageError(
-                        f"reading expert {number} of MoE layer {layer} failed {self._config.read_retries + 1} "
-                        f"times ({error}); check the disk, then try again"
-                    ) from error
-
-    def _copy(self, accelerator: Accelerator, expert: int, retention: Retention, speculative: bool) -> bool:
-        if not self._reserve(accelerator.tier, expert, retention, speculative):
+    def _copy(self, expert: int, retention: Retention, speculative: bool) -> bool:
+        assert self.accelerator is not None and self.link is not None
+        if not self._reserve(self.accelerator, expert, retention, speculative):
             return False
         self.host.pin(expert)
-        ticket = accelerator.copy_in(self.host.record(expert), accelerator.tier.record(expert))
-        self._flights["accelerator", expert] = Flight(accelerator.tier, expert, ticket, not speculative, 1)
+        slot, source = self.accelerator.slot(expert), self.host.slot(expert)
+        ticket = self.link.move(expert, slot, source, speculative)
+        flight = Flight(self.accelerator, expert, ticket, demanded=not speculative, load=1)
+        self._flights["accelerator", expert] = flight
         return True
 
     def _pump_accelerator(self, tier: Tier, retention: Retention) -> None:
         """Copies whose record is in host memory start now; for the others the read comes first."""
-        assert self.accelerator is not None
         queue = self._ahead["accelerator"]
         later: list[int] = []
         while queue and self._in_flight("accelerator") < self._config.queue_depth:
@@ -214,7 +211,7 @@ class ExpertMemory:
             if self._held(tier, expert):
                 continue
             if self.host.ready[expert]:
-                self._copy(self.accelerator, expert, retention, speculative=True)
+                self._copy(expert, retention, speculative=True)
             elif self.host.filling[expert] or (
                 self._in_flight("host") < self._config.queue_depth
                 and self._read(expert, retention, speculative=True)
@@ -244,9 +241,9 @@ class ExpertMemory:
 
     def _residency(self) -> Residency:
         """Live views: the arrays change under the policy's eyes, the object stays."""
-        grid = (self.store.shape.layers, self.store.shape.experts)
+        grid = (self.shape.layers, self.shape.experts)
         none = np.zeros(grid, dtype=bool)
-        tier = self.accelerator.tier if self.accelerator is not None else None
+        tier = self.accelerator
         return Residency(
             host=self.host.ready.reshape(grid),
             accelerator=tier.ready.reshape(grid) if tier else none,

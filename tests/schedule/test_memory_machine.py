@@ -14,10 +14,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from moespac.config import CostConfig, MemoryConfig
 from moespac.errors import StorageError
 from moespac.experts.accelerator import Accelerator
-from moespac.experts.memory import ExpertMemory
+from moespac.experts.movers import LinkCopier, StorageReader, host_arena
 from moespac.experts.workers import Bell
 from moespac.policy.cost import CostModel
-from moespac.types import Plan
+from moespac.schedule.memory import ExpertMemory
+from moespac.schedule.tiers import Tier
+from moespac.types import Capacity, Placement, Plan
 from tests.fakes import RECORD_BYTES, FakeStore
 
 LAYERS, EXPERTS = 3, 4
@@ -26,18 +28,31 @@ some_expert = st.integers(0, TOTAL - 1)
 some_order = st.permutations(range(TOTAL))
 
 
-def build_memory(store: FakeStore, host: int, device: int, asynchronous: bool) -> ExpertMemory:
-    config = MemoryConfig(readers=2, queue_depth=3, read_retries=1, asynchronous=asynchronous)
-    bell = Bell()
-    accelerator = None
-    if device:
-        accelerator = Accelerator(torch.device("cpu"), device, RECORD_BYTES, TOTAL, bell, asynchronous)
-    return ExpertMemory(store, host, accelerator, config, CostModel(CostConfig(), RECORD_BYTES), bell)
+class Memory(ExpertMemory):
+    """The real thing over real workers; the tests also look at the bytes."""
+
+    def __init__(self, store: FakeStore, host: int, device: int, asynchronous: bool) -> None:
+        config = MemoryConfig(readers=2, queue_depth=3, read_retries=1, asynchronous=asynchronous)
+        bell = Bell()
+        arenas = {"host": host_arena(host, RECORD_BYTES)}
+        link = None
+        if device:
+            self.device = Accelerator(torch.device("cpu"), device, RECORD_BYTES, bell, asynchronous)
+            arenas["accelerator"] = self.device.arena
+            link = LinkCopier(self.device, arenas["host"])
+        reader = StorageReader(store, arenas["host"], config, bell)
+        costs = CostModel(CostConfig(), RECORD_BYTES)
+        super().__init__(store.shape, Capacity(host, device), reader, link, config, costs, bell)
+        self.store = store
+        self._arenas = arenas
+
+    def record(self, tier: Tier, expert: int) -> torch.Tensor:
+        return self._arenas[tier.name][tier.slot(expert)]
 
 
 def hold_copies(accelerator: Accelerator, gate: threading.Event) -> None:
     """Every copy over the link waits for ``gate`` before it looks at its source."""
-    submit = accelerator._link.submit
+    submit = accelerator.link.submit
 
     def submit_behind_gate(job, *priority):
         def gated() -> None:
@@ -46,7 +61,7 @@ def hold_copies(accelerator: Accelerator, gate: threading.Event) -> None:
 
         return submit(gated, *priority)
 
-    accelerator._link.submit = submit_behind_gate
+    accelerator.link.submit = submit_behind_gate
 
 
 class MemoryMachine(RuleBasedStateMachine):
@@ -58,11 +73,11 @@ class MemoryMachine(RuleBasedStateMachine):
     def build(self, host: int, device: int) -> None:
         self.threads_before = threading.active_count()
         self.store = FakeStore(LAYERS, EXPERTS)
-        self.memory = build_memory(self.store, host, device, self.asynchronous)
+        self.memory = Memory(self.store, host, device, self.asynchronous)
         self.link_gate = threading.Event()  # copies wait for it
         self.link_gate.set()
         if self.memory.accelerator is not None:
-            hold_copies(self.memory.accelerator, self.link_gate)
+            hold_copies(self.memory.device, self.link_gate)
         self.values = np.zeros(TOTAL)
         self.pinned: list[tuple[object, int]] = []
 
@@ -91,16 +106,16 @@ class MemoryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.memory.accelerator is not None)
     @rule(expert=some_expert)
     def demand_accelerator(self, expert: int) -> None:
-        if not self.memory.accelerator.tier.ready[expert]:
+        if not self.memory.accelerator.ready[expert]:
             self.memory.demand_accelerator(expert, self.retention)
 
     @rule(layer=st.integers(0, LAYERS - 1), active=st.sets(st.integers(0, EXPERTS - 1)))
     def start_layer(self, layer: int, active: set[int]) -> None:
-        self.memory.start_layer(layer, np.array([layer * EXPERTS + e for e in active], dtype=np.int64))
+        self.memory.start_layer(layer, on_host([layer * EXPERTS + e for e in active]))
 
     @rule(expert=some_expert)
     def pin(self, expert: int) -> None:
-        for tier in self.tiers():
+        for tier in self.memory.tiers:
             if tier.ready[expert] and len(self.pinned) < 2:
                 tier.pin(expert)
                 self.pinned.append((tier, expert))
@@ -150,12 +165,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.store.gate.set()
         self.link_gate.set()
         self.memory.quiesce()
-        assert not any(tier.filling.any() for tier in self.tiers())
-
-    def tiers(self):
-        yield self.memory.host
-        if self.memory.accelerator is not None:
-            yield self.memory.accelerator.tier
+        assert not any(tier.filling.any() for tier in self.memory.tiers)
 
     @invariant()
     def books_agree(self) -> None:
@@ -165,9 +175,9 @@ class MemoryMachine(RuleBasedStateMachine):
     @invariant()
     def ready_records_hold_their_expert(self) -> None:
         if hasattr(self, "memory"):
-            for tier in self.tiers():
+            for tier in self.memory.tiers:
                 for expert in np.flatnonzero(tier.ready):
-                    assert (tier.record(expert) == self.store.pattern(expert)).all()
+                    assert (self.memory.record(tier, expert) == self.store.pattern(expert)).all()
 
     @invariant()
     def pinned_records_stay(self) -> None:
@@ -195,13 +205,17 @@ TestSynchronous = SynchronousMachine.TestCase
 TestSynchronous.settings = CALM
 
 
+def on_host(experts: list[int]) -> Placement:
+    return Placement(np.array(experts, dtype=np.int64))
+
+
 def ranks(tier: str) -> np.ndarray:
     return np.arange(TOTAL, dtype=float)
 
 
 @pytest.fixture(params=[True, False], ids=["asynchronous", "synchronous"])
 def memory(request):
-    memory = build_memory(FakeStore(LAYERS, EXPERTS), host=2, device=1, asynchronous=request.param)
+    memory = Memory(FakeStore(LAYERS, EXPERTS), host=2, device=1, asynchronous=request.param)
     yield memory
     memory.close()
 
@@ -240,7 +254,7 @@ def test_a_read_error_is_retried_then_typed(memory) -> None:
 
 def test_a_demand_overtakes_queued_prefetches() -> None:
     store = FakeStore(LAYERS, EXPERTS)
-    memory = build_memory(store, host=6, device=0, asynchronous=True)
+    memory = Memory(store, host=6, device=0, asynchronous=True)
     store.gate.clear()
     memory.follow(Plan(np.array([1, 2, 3])))
     memory.pump(ranks)  # two readers take two, the third waits in the queue
@@ -253,11 +267,11 @@ def test_a_demand_overtakes_queued_prefetches() -> None:
 
 def test_a_useless_prefetch_is_dropped_from_the_queue() -> None:
     store = FakeStore(LAYERS, EXPERTS)
-    memory = build_memory(store, host=6, device=0, asynchronous=True)
+    memory = Memory(store, host=6, device=0, asynchronous=True)
     store.gate.clear()
     memory.follow(Plan(np.array([8, 9, 1])))
     memory.pump(ranks)
-    memory.start_layer(0, np.array([2]))
+    memory.start_layer(0, on_host([2]))
     store.gate.set()
     memory.quiesce()
     memory.close()
@@ -266,9 +280,9 @@ def test_a_useless_prefetch_is_dropped_from_the_queue() -> None:
 
 
 def test_the_source_of_a_copy_stays_until_the_copy_is_done() -> None:
-    memory = build_memory(FakeStore(LAYERS, EXPERTS), host=1, device=1, asynchronous=True)
+    memory = Memory(FakeStore(LAYERS, EXPERTS), host=1, device=1, asynchronous=True)
     gate = threading.Event()
-    hold_copies(memory.accelerator, gate)
+    hold_copies(memory.device, gate)
     memory.demand_host(0, ranks)
     memory.quiesce()
     assert memory.demand_accelerator(0, ranks)
@@ -277,5 +291,5 @@ def test_the_source_of_a_copy_stays_until_the_copy_is_done() -> None:
     memory.quiesce()
     assert memory.demand_host(7, ranks)
     memory.quiesce()
-    assert (memory.accelerator.tier.record(0) == FakeStore.pattern(0)).all()
+    assert (memory.record(memory.accelerator, 0) == FakeStore.pattern(0)).all()
     memory.close()

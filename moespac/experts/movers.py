@@ -1,0 +1,73 @@
+"""Who moves the bytes: readers from storage into host memory, the link from there to the accelerator."""
+
+from __future__ import annotations
+
+import mmap
+
+import torch
+
+from moespac.config import MemoryConfig
+from moespac.errors import StorageError
+from moespac.experts.accelerator import Accelerator
+from moespac.experts.store import ExpertStore
+from moespac.experts.workers import Bell, Priority, Ticket, Workers
+
+
+def host_arena(slots: int, record_bytes: int) -> torch.Tensor:
+    """Page-aligned host memory, (slots, record_bytes) uint8; pages cost nothing until they are written.
+
+    O_DIRECT reads want page alignment, which record_bytes (a multiple of 4096) keeps for every slot.
+    """
+    memory = mmap.mmap(-1, slots * record_bytes)
+    return torch.frombuffer(memory, dtype=torch.uint8).view(slots, record_bytes)
+
+
+class StorageReader:
+    """storage -> host: a few threads that read whole records, a demand before all prefetches."""
+
+    def __init__(self, store: ExpertStore, arena: torch.Tensor, config: MemoryConfig, bell: Bell) -> None:
+        self.store = store
+        self._arena = arena
+        self._retries = config.read_retries
+        self._workers = Workers("reader", config.readers if config.asynchronous else 0, bell)
+
+    def move(self, expert: int, slot: int, source_slot: int | None, speculative: bool) -> Ticket:
+        return self._workers.submit(lambda: self._read(expert, slot), _priority(speculative))
+
+    def close(self) -> None:
+        self._workers.close()
+        self.store.close()
+
+    def _read(self, expert: int, slot: int) -> None:
+        """Raises StorageError when the retries are used up; a corrupt record (CheckpointError) is not retried."""
+        buffer = self._arena[slot].numpy()
+        for attempts_left in range(self._retries, -1, -1):
+            try:
+                self.store.read_into(expert, buffer)
+                return
+            except OSError as error:
+                if attempts_left == 0:
+                    layer, number = divmod(expert, self.store.shape.experts)
+                    raise StorageError(
+                        f"reading expert {number} of MoE layer {layer} failed {self._retries + 1} times "
+                        f"({error}); check the disk, then try again"
+                    ) from error
+
+
+class LinkCopier:
+    """host -> accelerator: one copy at a time, so that each gets the whole link."""
+
+    def __init__(self, accelerator: Accelerator, arena: torch.Tensor) -> None:
+        self._accelerator = accelerator
+        self._arena = arena  # the host tier's
+
+    def move(self, expert: int, slot: int, source_slot: int | None, speculative: bool) -> Ticket:
+        assert source_slot is not None
+        return self._accelerator.copy_in(self._arena[source_slot], slot, _priority(speculative))
+
+    def close(self) -> None:
+        self._accelerator.close()
+
+
+def _priority(speculative: bool) -> Priority:
+    return Priority.SPECULATIVE if speculative else Priority.DEMAND

@@ -1,0 +1,53 @@
+"""What the schedule asks of the world: somebody to move bytes, somebody to compute, and a bell."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Ticket(Protocol):
+    """One job in flight. Once ``done``, ``error`` and ``seconds`` (its own duration) are final."""
+
+    done: bool
+    error: Exception | None
+    seconds: float
+
+    def cancel(self) -> bool:
+        """Take the job back if nobody has begun it; True when it will never run."""
+        ...
+
+    def hurry(self) -> None:
+        """The job was speculative and is needed now: put it in front of the others."""
+        ...
+
+
+class Bell(Protocol):
+    """Rings whenever any job is done, so that the one deciding thread can wait for whichever comes first."""
+
+    def count(self) -> int: ...
+
+    def wait_beyond(self, count: int) -> None:
+        """Return once it has rung more than ``count`` times."""
+        ...
+
+
+class Mover(Protocol):
+    """Brings records into the slots of one tier from the tier below."""
+
+    def move(self, expert: int, slot: int, source_slot: int | None, speculative: bool) -> Ticket:
+        """Fill ``slot``; ``source_slot`` is where the tier below has the record, None if that is storage."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Devices(Protocol):
+    """Computes the experts of one layer in one pass."""
+
+    def compute_on_host(self, expert: int, slot: int) -> float:
+        """Run one expert here and now; returns the seconds it took."""
+        ...
+
+    def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> Ticket:
+        """Start a job that runs these experts, in this order."""
+        ...
