@@ -16,6 +16,10 @@ from moespac.cli import bench, chat, demo, evaluate, generate, prepare
 from moespac.errors import MoespacError
 
 
+# Typer carries its own click since 0.27 and stands on the package before; its errors share this ancestor.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+
 class _Commands(TyperGroup):
     """All commands; an error that the user can act on is one line and exit code 2, never a traceback."""
 
@@ -24,6 +28,11 @@ class _Commands(TyperGroup):
             return super().invoke(ctx)
         except MoespacError as error:
             typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
+        except UsageError as error:
+            where = error.ctx.command_path if error.ctx else "moespac"
+            message = " ".join(error.format_message().split()).removesuffix(".")
+            typer.echo(f"error: {message}; see `{where} --help`", err=True)
             raise typer.Exit(2) from None
 
 

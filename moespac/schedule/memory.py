@@ -144,8 +144,10 @@ class ExpertMemory:
                 arrived.append(key)
             else:
                 flight.tier.abort(flight.expert)
-                log.warning("expert %d: %s", flight.expert, flight.ticket.error)
-                failed = flight.ticket.error if flight.demanded else failed
+                if flight.demanded:
+                    failed = flight.ticket.error
+                else:
+                    log.info("a prefetch failed: %s", flight.ticket.error)  # whoever needs it will try again
         if failed is not None:
             raise failed
         return arrived
