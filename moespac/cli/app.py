@@ -15,7 +15,6 @@ import moespac
 from moespac.cli import bench, chat, demo, evaluate, generate, prepare
 from moespac.errors import MoespacError
 
-
 # Typer carries its own click since 0.27 and stands on the package before; its errors share this ancestor.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
