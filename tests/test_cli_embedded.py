@@ -131,6 +131,8 @@ def test_a_real_process_is_quiet_and_ends_with_130_on_ctrl_c(tmp_path: Path) -> 
         stderr=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(Path(moespac.__file__).parent.parent)},
         cwd=tmp_path,
+        # A test run in the background of a script ignores Ctrl-C, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.read(1)  # it is generating

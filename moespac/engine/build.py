@@ -10,6 +10,7 @@ from typing import Any
 
 import platformdirs
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moespac.config import EngineConfig, MemoryConfig, SpeculationConfig
@@ -26,6 +27,7 @@ from moespac.experts.store import CheckpointStore, ExpertStore, PackedStore
 from moespac.experts.workers import Bell
 from moespac.model.index import build_index
 from moespac.model.load import choose_dtype, load_tokenizer, load_trunk
+from moespac.model.routers import find_routers
 from moespac.model.safetensors import TensorEntry, read_header
 from moespac.model.skeleton import Skeleton, build_skeleton
 from moespac.policy.registry import make_policy
@@ -93,7 +95,7 @@ def load(
     network, modules = load_trunk(path, skeleton, trunk, compute_dtype, device)
     tokenizer = load_tokenizer(path)
 
-    runtime = _build_runtime(store, skeleton, config, device)
+    runtime = _build_runtime(store, skeleton, find_routers(network, modules), config, device)
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
     drafter = _build_drafter(draft, network, tokenizer, compute_dtype, runtime)
@@ -123,7 +125,11 @@ def _device(config: EngineConfig) -> torch.device:
 
 
 def _build_runtime(
-    store: ExpertStore, skeleton: Skeleton, config: EngineConfig, device: torch.device
+    store: ExpertStore,
+    skeleton: Skeleton,
+    routers: list[nn.Module | None],
+    config: EngineConfig,
+    device: torch.device,
 ) -> ExpertRuntime:
     memory, shape, bell = config.memory, store.shape, Bell()
     capacity = _capacity(memory, shape, device)
@@ -137,7 +143,7 @@ def _build_runtime(
     tiers = ExpertMemory(shape, capacity, reader, link, memory, policy.costs, bell)
     math = ExpertMath(next(iter(skeleton.experts.values())), store.layout)
     clock = PassClock(time.perf_counter)
-    return ExpertRuntime(store, tiers, policy, math, arena, accelerator, clock)
+    return ExpertRuntime(store, tiers, policy, math, arena, accelerator, routers, clock)
 
 
 def _capacity(memory: MemoryConfig, shape: ModelShape, device: torch.device) -> Capacity:

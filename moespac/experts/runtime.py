@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,8 @@ from moespac.experts.accelerator import Accelerator
 from moespac.experts.compute import ExpertMath
 from moespac.experts.devices import Groups, LayerTensors
 from moespac.experts.store import ExpertStore
-from moespac.policy.base import Policy
+from moespac.model.routers import ask_router
+from moespac.policy.base import Policy, Sensor
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.stats import ExpertStats, PassClock
@@ -39,9 +40,10 @@ class ExpertRuntime:
         math: ExpertMath,
         host: torch.Tensor,
         accelerator: Accelerator | None,
+        routers: Sequence[nn.Module | None],
         clock: PassClock,
     ) -> None:
-        """``host`` is the host tier's arena."""
+        """``host`` is the host tier's arena, ``routers`` are the layers' own (None: not to be found)."""
         self.store = store
         self.memory = memory
         self.policy = policy
@@ -51,6 +53,7 @@ class ExpertRuntime:
         self._math = math
         self._host = host
         self._accelerator = accelerator
+        self._routers = routers if Sensor.NEXT_GATE in policy.sensors else [None] * store.shape.layers
         self._shape = store.shape
         self._window: Window | None = None
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
@@ -112,6 +115,7 @@ class ExpertRuntime:
         first_id = layer * self._shape.experts
         retention = self._retention(layer)
         with self.clock.measure("decide"):
+            self._foresee(layer + 1, x)
             placement = self.policy.place(layer, groups.counts, self.memory.residency)
             self.memory.start_layer(layer, placement)
             self._count_hits(placement.host, placement.accelerator)
@@ -123,6 +127,13 @@ class ExpertRuntime:
         if unattended and layer == self._shape.layers - 1:
             self._end_unattended_pass(routing.shape[0])
         return (tensors.result() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+    def _foresee(self, layer: int, x: torch.Tensor) -> None:
+        """Tell the policy what the gate of ``layer`` says to the hidden states of the layer before it."""
+        router = self._routers[layer] if layer < self._shape.layers else None
+        guess = ask_router(router, x) if router is not None else None
+        if guess is not None:
+            self.policy.foresee_layer(layer, Groups(guess.cpu().numpy(), self._shape.experts).counts)
 
     def _end_unattended_pass(self, tokens: int) -> None:
         if len(self._routing) == self._shape.layers:
