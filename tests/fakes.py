@@ -22,13 +22,13 @@ class FakeStore:
         self.shape = ModelShape(layers, experts, top_k=2, record_bytes=RECORD_BYTES)
         self.layout = SimpleNamespace(nbytes=RECORD_BYTES)
         self.failing: set[int] = set()
-        self.reads: list[int] = []
+        self.reads: list[int] = []  # in the order in which they began
         self.gate = threading.Event()  # reads wait for it; set: they run
         self.gate.set()
 
     def read_into(self, flat_id: int, buffer: NDArray[np.uint8]) -> None:
-        self.gate.wait()
         self.reads.append(flat_id)
+        self.gate.wait()
         if flat_id in self.failing:
             buffer[:] = 0xEE
             raise OSError(5, "Input/output error")

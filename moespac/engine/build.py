@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moespac.config import EngineConfig, MemoryConfig, SpeculationConfig
 from moespac.engine.engine import Engine
-from moespac.engine.sequence import is_recurrent
 from moespac.errors import ConfigError
 from moespac.experts.accelerator import Accelerator
 from moespac.experts.budget import available_device_bytes, available_host_bytes, is_none, slots_for
@@ -170,11 +169,6 @@ def _build_drafter(
     runtime: ExpertRuntime,
 ) -> Drafter:
     if draft == "none":
-        return NoDrafter()
-    if is_recurrent(model):
-        log.warning(
-            "%s keeps a recurrent state that cannot be rewound: no speculation", model.config.model_type
-        )
         return NoDrafter()
     if draft == "lookup":
         speculation = SpeculationConfig()

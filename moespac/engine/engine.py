@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moespac.config import EngineConfig, SamplingConfig
-from moespac.engine.sequence import Sequence, is_recurrent
+from moespac.engine.sequence import Sequence
 from moespac.engine.summary import Meter, Summary, versions
 from moespac.engine.text import TextStream
 from moespac.errors import ConfigError
@@ -47,7 +47,6 @@ class Engine:
         self.drafter = drafter
         self.config = config
         self._profile_file = profile_file
-        self._window = 0 if is_recurrent(model) else config.window
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -78,7 +77,7 @@ class Engine:
         return StepResult(tokens, window.drafted, verdict.accepted)
 
     def _draft(self, sequence: Sequence) -> Draft:
-        k = min(self._window, sequence.room) if sequence.prefilled else 0
+        k = min(self.config.window, sequence.room) if sequence.prefilled else 0
         if k <= 0:
             return Draft()
         with self.runtime.clock.measure("draft"):
@@ -90,7 +89,9 @@ class Engine:
         ids = torch.from_numpy(window.tokens).unsqueeze(0).to(self.model.device)
         self.runtime.begin_pass(window)
         with self.runtime.clock.measure("trunk"):
-            out = self.model(input_ids=ids, past_key_values=sequence.cache, use_cache=True, **keep)
+            cache = sequence.cache.past_key_values
+            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
+            sequence.cache.update(out.past_key_values)
             return out.logits[0, -(window.drafted + 1) :].float().cpu()
 
     # ---- a request -----------------------------------------------------------------------------------
@@ -273,7 +274,7 @@ class Stream:
             prompt_tokens=sequence.prompt_tokens,
             policy=engine.runtime.policy.name,
             drafter=engine.drafter.name,
-            window=engine._window,
+            window=engine.config.window if sequence.cache.rewinds else 0,
             exactness=exactness(engine, sequence.sampling),
             versions=versions(),
             **meter.figures(len(tokens)),

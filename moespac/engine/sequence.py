@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moespac.config import SamplingConfig
+from moespac.engine.cache import KvCache
 from moespac.types import Window
 
 
@@ -31,7 +32,7 @@ class Sequence:
         self.prompt_tokens = len(prompt)
         self.sampling = sampling
         self.generator = torch.Generator().manual_seed(sampling.seed)
-        self.cache = new_cache(model)
+        self.cache = KvCache(model)
         self.cached = 0
         self.finish_reason: str | None = None
         self._limit = min(len(prompt) + max_new_tokens, context)
@@ -48,8 +49,9 @@ class Sequence:
 
     @property
     def room(self) -> int:
-        """How many drafted tokens can still be of use: one token of what remains comes from the target itself."""
-        return self._limit - len(self.tokens) - 1
+        """How many drafted tokens can be of use: one token of what remains comes from the target itself, and
+        a draft needs a cache that its rejection can be taken out of."""
+        return self._limit - len(self.tokens) - 1 if self.cache.rewinds else 0
 
     def leading_windows(self, chunk: int) -> Iterator[Window]:
         """A long prompt piece by piece, all but what fits in one last pass. The caller runs and rewinds each."""
@@ -65,9 +67,10 @@ class Sequence:
     def rewind(self, window: Window, accepted: int) -> None:
         """The pass ran ``window``; forget the keys and values of the drafts that were rejected."""
         rejected = window.drafted - accepted
-        if rejected:
-            self.cache.crop(-rejected)
+        self.cache.rewind(rejected)
         self.cached += len(window.tokens) - rejected
+        if self.prefilled:
+            self.cache.allow_rewind()
 
     def accept(self, tokens: list[int]) -> list[int]:
         """Append what verification gave, up to the end of text or the limit; returns what was appended."""
@@ -80,16 +83,3 @@ class Sequence:
         if self.finish_reason is None and len(self.tokens) >= self._limit:
             self.finish_reason = self._limited_by
         return taken
-
-
-def new_cache(model: PreTrainedModel) -> DynamicCache:
-    """An empty KV cache. Plain layers throughout where possible: sliding-window layers that forget cannot rewind.
-
-    Models with recurrent state need the layers their configuration asks for, and are not speculated on.
-    """
-    return DynamicCache(config=model.config) if is_recurrent(model) else DynamicCache()
-
-
-def is_recurrent(model: PreTrainedModel) -> bool:
-    """Whether the model keeps a state that rejected tokens cannot be taken out of again."""
-    return bool(getattr(model, "_is_stateful", False))

@@ -42,10 +42,22 @@ class Side:
             self.flying.remove(expert)
             self._take(expert)
 
-    def fetch(self, demand: Callable[[int, Retention], bool], retention: Retention) -> None:
-        """Ask for what is missing, in order, as far as there are slots."""
-        for _ in range(len(self.missing)):
-            expert = self.missing.popleft()
+    def fetch(
+        self,
+        demand: Callable[[int, Retention], bool],
+        retention: Retention,
+        near: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Ask for what is missing, in order, as far as there are slots; what is ``near`` first.
+
+        A record that was read for its copy to the accelerator must be copied before the reads for others may
+        evict it, or small memories would read for ever.
+        """
+        waiting = list(self.missing)
+        self.missing.clear()
+        if near is not None:
+            waiting.sort(key=lambda expert: not near[expert])
+        for expert in waiting:
             if self.tier.ready[expert]:  # read for the other device in the meantime
                 self._take(expert)
             elif demand(expert, retention):
@@ -120,14 +132,17 @@ class LayerRun:
             for name, expert in self._memory.settle():
                 sides[name].arrived(expert)
             self._reap_jobs()
+            released = False
             if device is not None:
-                device.fetch(self._memory.demand_accelerator, retention)
-                self._launch(device)
+                device.fetch(self._memory.demand_accelerator, retention, near=self._memory.host.ready)
+                released = self._launch(device)
             host.fetch(self._memory.demand_host, retention)
             if not host.missing and not (device and device.missing):
                 self._memory.pump(retention)  # nobody here waits for a slot: prefetch while computing
             if host.ready:
                 self._compute_on_host(host)
+            elif released and device is not None and device.missing:
+                continue  # there are slots for what is missing now
             elif host.outstanding or (device is not None and device.outstanding):
                 with self._clock.measure("wait_for_experts"):
                     self._memory.bell.wait_beyond(seen)
@@ -146,16 +161,19 @@ class LayerRun:
         side.ready.popleft()
         side.tier.release(expert)
 
-    def _launch(self, side: Side) -> None:
-        """Hand all experts that are ready on the accelerator to it, as one job."""
+    def _launch(self, side: Side) -> bool:
+        """Hand all experts that are ready on the accelerator to it, as one job. True when that released slots."""
+        released = False
         experts = [expert for expert in side.ready if expert not in self._loaded_only]
         for expert in side.ready:
             if expert in self._loaded_only:
                 side.tier.release(expert)
+                released = True
         side.ready.clear()  # the other pins now belong to the job
         if experts:
             slots = [side.tier.slot(expert) for expert in experts]
             self._jobs.append((self._devices.compute_on_accelerator(experts, slots), experts))
+        return released
 
     def _reap_jobs(self) -> None:
         done = [job for job in self._jobs if job[0].done]

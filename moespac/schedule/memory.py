@@ -225,7 +225,7 @@ class ExpertMemory:
 
     def _reserve(self, tier: Tier, expert: int, retention: Retention, speculative: bool) -> bool:
         values = retention(tier.name)
-        return tier.reserve(expert, values, worth=values[expert] if speculative else np.inf)
+        return tier.reserve(expert, values, worth=values[expert] if speculative else None)
 
     def _held(self, tier: Tier, expert: int) -> bool:
         return bool(tier.ready[expert] or tier.filling[expert])

@@ -45,15 +45,15 @@ class Tier:
         assert slot != NOWHERE
         return slot
 
-    def reserve(self, expert: int, retention: NDArray[np.float64], worth: float = np.inf) -> bool:
+    def reserve(self, expert: int, retention: NDArray[np.float64], worth: float | None = None) -> bool:
         """Take a slot for ``expert`` and mark it filling; the least retained record makes way.
 
-        False when every slot is in use, or when the victim is worth ``worth`` or more.
+        False when every slot is in use, or when the victim is worth ``worth`` or more (None: it has to go).
         """
         assert self._slot_of[expert] == NOWHERE, "an expert has at most one slot"
         if not self._free:
             victim = self._victim(retention)
-            if victim == NOWHERE or retention[victim] >= worth:
+            if victim == NOWHERE or (worth is not None and retention[victim] >= worth):
                 return False
             self.evict(victim)
         slot = self._free.pop()

@@ -3,51 +3,24 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from moespac.config import CostConfig, MemoryConfig
 from moespac.errors import StorageError
 from moespac.experts.accelerator import Accelerator
-from moespac.experts.movers import LinkCopier, StorageReader, host_arena
-from moespac.experts.workers import Bell
-from moespac.policy.cost import CostModel
-from moespac.schedule.memory import ExpertMemory
-from moespac.schedule.tiers import Tier
-from moespac.types import Capacity, Placement, Plan
-from tests.fakes import RECORD_BYTES, FakeStore
+from moespac.types import Placement, Plan
+from tests.fakes import FakeStore
+from tests.schedule.real_workers import Memory
 
 LAYERS, EXPERTS = 3, 4
 TOTAL = LAYERS * EXPERTS
 some_expert = st.integers(0, TOTAL - 1)
 some_order = st.permutations(range(TOTAL))
-
-
-class Memory(ExpertMemory):
-    """The real thing over real workers; the tests also look at the bytes."""
-
-    def __init__(self, store: FakeStore, host: int, device: int, asynchronous: bool) -> None:
-        config = MemoryConfig(readers=2, queue_depth=3, read_retries=1, asynchronous=asynchronous)
-        bell = Bell()
-        arenas = {"host": host_arena(host, RECORD_BYTES)}
-        link = None
-        if device:
-            self.device = Accelerator(torch.device("cpu"), device, RECORD_BYTES, bell, asynchronous)
-            arenas["accelerator"] = self.device.arena
-            link = LinkCopier(self.device, arenas["host"])
-        reader = StorageReader(store, arenas["host"], config, bell)
-        costs = CostModel(CostConfig(), RECORD_BYTES)
-        super().__init__(store.shape, Capacity(host, device), reader, link, config, costs, bell)
-        self.store = store
-        self._arenas = arenas
-
-    def record(self, tier: Tier, expert: int) -> torch.Tensor:
-        return self._arenas[tier.name][tier.slot(expert)]
 
 
 def hold_copies(accelerator: Accelerator, gate: threading.Event) -> None:
@@ -239,6 +212,18 @@ def test_demand_evicts_the_least_retained(memory) -> None:
     assert np.flatnonzero(memory.host.ready).tolist() == [0, 9]
 
 
+def test_a_demand_evicts_even_what_is_kept_for_ever(memory) -> None:
+    """Static policies keep their set with infinite value; a layer that needs a slot must still get one."""
+
+    def for_ever(tier: str) -> np.ndarray:
+        return np.full(TOTAL, np.inf)
+
+    for expert in (4, 9, 0):
+        assert memory.demand_host(expert, for_ever)
+        memory.quiesce()
+    assert memory.host.ready[0]
+
+
 def test_a_read_error_is_retried_then_typed(memory) -> None:
     memory.store.failing.add(5)
     memory.demand_host(5, ranks)
@@ -257,7 +242,9 @@ def test_a_demand_overtakes_queued_prefetches() -> None:
     memory = Memory(store, host=6, device=0, asynchronous=True)
     store.gate.clear()
     memory.follow(Plan(np.array([1, 2, 3])))
-    memory.pump(ranks)  # two readers take two, the third waits in the queue
+    memory.pump(ranks)
+    while len(store.reads) < 2:  # two readers take two, the third waits in the queue
+        time.sleep(1e-3)
     memory.demand_host(8, ranks)
     store.gate.set()
     memory.quiesce()
@@ -271,6 +258,8 @@ def test_a_useless_prefetch_is_dropped_from_the_queue() -> None:
     store.gate.clear()
     memory.follow(Plan(np.array([8, 9, 1])))
     memory.pump(ranks)
+    while len(store.reads) < 2:  # both readers are busy with the first two
+        time.sleep(1e-3)
     memory.start_layer(0, on_host([2]))
     store.gate.set()
     memory.quiesce()

@@ -1,0 +1,88 @@
+"""A layer runs to its end whatever the placement, the sizes of the tiers and the order of arrivals."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from moespac.errors import StorageError
+from moespac.experts.workers import Ticket
+from moespac.schedule.layer import LayerRun
+from moespac.schedule.stats import PassClock
+from moespac.types import NO_IDS, Placement, Plan
+from tests.fakes import FakeStore
+from tests.schedule.real_workers import Memory
+
+LAYERS, EXPERTS = 2, 8
+ids = st.integers(0, EXPERTS - 1)
+CALM = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+class CountingDevices:
+    """Computes nothing, but sees to it that the bytes are the expert's, and counts."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.on_host: Counter[int] = Counter()
+        self.on_accelerator: Counter[int] = Counter()
+
+    def compute_on_host(self, expert: int, slot: int) -> float:
+        assert (self.memory.arenas["host"][slot] == FakeStore.pattern(expert)).all()
+        self.on_host[expert] += 1
+        return 1e-6
+
+    def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> Ticket:
+        def job() -> None:
+            for expert, slot in zip(experts, slots, strict=True):
+                assert (self.memory.arenas["accelerator"][slot] == FakeStore.pattern(expert)).all()
+                self.on_accelerator[expert] += 1
+
+        return self.memory.device.compute(job)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+@CALM
+@given(
+    host=st.integers(1, 6),
+    device=st.integers(0, 4),
+    active=st.sets(ids, min_size=1),
+    there=st.sets(ids),
+    load=st.sets(ids),
+    ahead=st.lists(st.integers(0, LAYERS * EXPERTS - 1), unique=True),
+    kept_for_ever=st.sets(st.integers(0, LAYERS * EXPERTS - 1)),
+    broken=st.sets(ids, max_size=1),
+)
+def test_every_expert_is_computed_once_where_it_was_placed(
+    asynchronous, host, device, active, there, load, ahead, kept_for_ever, broken
+) -> None:
+    store = FakeStore(LAYERS, EXPERTS)
+    memory = Memory(store, host, device, asynchronous)
+    devices = CountingDevices(memory)
+    values = np.arange(LAYERS * EXPERTS, dtype=float)
+    values[list(kept_for_ever)] = np.inf
+    counts = np.zeros(EXPERTS, dtype=np.int64)
+    counts[list(active)] = 1
+    on_device = sorted(active & there) if device else []
+    placement = Placement(
+        host=np.array(sorted(active - set(on_device)), dtype=np.int64),
+        accelerator=np.array(on_device, dtype=np.int64),
+        prefetch=Plan(np.array(ahead, dtype=np.int64), np.array(ahead if device else [], dtype=np.int64)),
+        load=np.array(sorted(load), dtype=np.int64) if device else NO_IDS,
+    )
+    run = LayerRun(memory, devices, memory._costs, PassClock(), counts, first_id=0)
+    memory.start_layer(0, placement)
+    store.failing = broken
+    try:
+        run.execute(placement, lambda tier: values)
+        assert devices.on_host == Counter(placement.host.tolist())
+        assert devices.on_accelerator == Counter(placement.accelerator.tolist())
+    except StorageError:
+        assert broken & (active | load)
+    memory.quiesce()
+    memory.check_integrity()
+    assert not any(tier._pins.any() for tier in memory.tiers), "nothing stays pinned"
+    memory.close()
