@@ -80,10 +80,60 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phimoe": {"num_local_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 24},
 }
 
+# Families whose cache or experts are of another kind than most.
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "lfm2_moe": {  # short convolutions, which can be rewound
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "intermediate_size": 40,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv"],
+    },
+    "qwen3_next": {  # a recurrent state, which cannot
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "intermediate_size": 40,
+        "head_dim": 8,
+        "num_hidden_layers": 4,
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+    },
+    "minimax": {  # a cache class of its own
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 24,
+        "head_dim": 8,
+    },
+    "nemotron_h": {  # experts without a gate
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "intermediate_size": 40,
+        "moe_shared_expert_intermediate_size": 24,
+        "head_dim": 8,
+        "hybrid_override_pattern": "M*E",
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 1,
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 8,
+        "moe_k": 2,
+        "moe_intermediate_size": 24,
+        "intermediate_size": 40,
+    },
+}
+
 
 def build_model(family: str, **changes: Any) -> PreTrainedModel:
     """A random float32 model of ``family``, the same at every call."""
-    config = AutoConfig.for_model(family, **(_COMMON | FAMILIES.get(family, {}) | changes))
+    config = AutoConfig.for_model(family, **(_COMMON | (FAMILIES | UNUSUAL)[family] | changes))
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

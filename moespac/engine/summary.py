@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -52,59 +52,54 @@ def versions() -> dict[str, str]:
     }
 
 
-@dataclass
 class Meter:
     """Differences of the runtime's counters over one generation."""
 
-    runtime: ExpertRuntime
-    drafted: int = 0
-    accepted: int = 0
-    prefill_seconds: float = 0.0
-    _start: float = field(init=False)
-    _bytes: dict[str, int] = field(init=False)
-    _hits: int = field(init=False)
-    _misses: int = field(init=False)
-    _seconds: dict[str, float] = field(init=False)
-    passes: int = 0
-    first_tokens: int = 0
-
-    def __post_init__(self) -> None:
-        self._start = self.runtime.clock.now()
-        self._bytes = dict(self.runtime.memory.bytes_read)
-        self._hits, self._misses = self.runtime.stats.hits, self.runtime.stats.misses
-        self._seconds = dict(self.runtime.clock.seconds)
+    def __init__(self, runtime: ExpertRuntime) -> None:
+        self._runtime = runtime
+        self._start = runtime.clock.now()
+        self._bytes = dict(runtime.memory.bytes_read)
+        self._hits, self._misses = runtime.stats.hits, runtime.stats.misses
+        self._seconds = dict(runtime.clock.seconds)
+        self._prefill_seconds = 0.0
+        self._first_tokens = 0
+        self._passes = self._drafted = self._accepted = 0
 
     def prefilled(self, tokens: int) -> None:
         """The prefill is over and gave ``tokens``: what follows counts as decoding."""
-        self.prefill_seconds = self.runtime.clock.now() - self._start
-        self._seconds = dict(self.runtime.clock.seconds)
-        self.first_tokens = tokens
+        self._prefill_seconds = self._runtime.clock.now() - self._start
+        self._seconds = dict(self._runtime.clock.seconds)
+        self._first_tokens = tokens
 
     def passed(self, drafted: int, accepted: int) -> None:
-        self.passes += 1
-        self.drafted += drafted
-        self.accepted += accepted
+        """A decode pass is over."""
+        self._passes += 1
+        self._drafted += drafted
+        self._accepted += accepted
 
     def figures(self, new_tokens: int) -> dict[str, Any]:
         """The Summary's measured fields."""
-        total = self.runtime.clock.now() - self._start
-        decode = total - self.prefill_seconds
-        spent = self.runtime.clock.seconds
-        causes = {cause: s - self._seconds.get(cause, 0.0) for cause, s in spent.items()}
-        seconds = {"prefill": self.prefill_seconds} | {cause: s for cause, s in causes.items() if s > 0}
-        seconds["other"] = total - sum(s for cause, s in seconds.items() if cause not in CONCURRENT)
-        seconds["total"] = total
-        memory, stats = self.runtime.memory, self.runtime.stats
+        memory, stats = self._runtime.memory, self._runtime.stats
+        total = self._runtime.clock.now() - self._start
+        decode = total - self._prefill_seconds
+        decoded = new_tokens - self._first_tokens
         hits, misses = stats.hits - self._hits, stats.misses - self._misses
-        decoded = new_tokens - self.first_tokens
-        accelerator = memory.accelerator.peak_bytes if memory.accelerator is not None else 0
         return {
-            "passes": self.passes,
+            "passes": self._passes,
             "tokens_per_second": decoded / decode if decoded and decode > 0 else None,
-            "acceptance_rate": self.accepted / self.drafted if self.drafted else None,
-            "mean_accepted": decoded / self.passes if self.passes else None,
+            "acceptance_rate": self._accepted / self._drafted if self._drafted else None,
+            "mean_accepted": decoded / self._passes if self._passes else None,
             "hit_rate": hits / (hits + misses) if hits + misses else None,
             "bytes_read": {name: n - self._bytes[name] for name, n in memory.bytes_read.items()},
-            "peak_bytes": {"host": memory.host.peak_bytes, "accelerator": accelerator},
-            "seconds": {cause: round(s, 6) for cause, s in seconds.items()},
+            "peak_bytes": {"host": 0, "accelerator": 0}
+            | {tier.name: tier.peak_bytes for tier in memory.tiers},
+            "seconds": self._by_cause(total),
         }
+
+    def _by_cause(self, total: float) -> dict[str, float]:
+        spent = self._runtime.clock.seconds.items()
+        causes = {cause: s - self._seconds.get(cause, 0.0) for cause, s in spent}
+        seconds = {"prefill": self._prefill_seconds} | {cause: s for cause, s in causes.items() if s > 0}
+        seconds["other"] = total - sum(s for cause, s in seconds.items() if cause not in CONCURRENT)
+        seconds["total"] = total
+        return {cause: round(s, 6) for cause, s in seconds.items()}

@@ -13,7 +13,7 @@ from moespac.engine.engine import Engine
 from moespac.experts.compute import ExpertMath
 from moespac.policy.registry import POLICIES
 from moespac.speculate.drafters import Drafter, ModelDrafter, NoDrafter, PromptLookupDrafter
-from tests.families import FAMILIES, VOCABULARY, build_model, reference_tokens, save_checkpoint
+from tests.families import FAMILIES, UNUSUAL, VOCABULARY, build_model, reference_tokens, save_checkpoint
 
 PROMPT = (5, 17, 3, 60, 17, 3)
 NEW_TOKENS = 20
@@ -58,6 +58,17 @@ def test_greedy_tokens_are_the_models_own(checkpoints, family: str, budget: str,
             result = engine.generate(PROMPT, max_new_tokens=NEW_TOKENS)
             assert result.token_ids == expected, engine.drafter.name
             engine.runtime.memory.check_integrity()
+
+
+@pytest.mark.parametrize("family", UNUSUAL)
+def test_models_of_another_kind(tmp_path: Path, family: str) -> None:
+    expected = reference_tokens(family, PROMPT, NEW_TOKENS)
+    with load(save_checkpoint(family, tmp_path), "40%") as engine:
+        for engine.drafter in (NoDrafter(), PromptLookupDrafter(max_ngram=2, min_ngram=1)):
+            result = engine.generate(PROMPT, max_new_tokens=NEW_TOKENS)
+            assert result.token_ids == expected
+            if family in ("qwen3_next", "minimax", "nemotron_h"):
+                assert result.summary.window == 0, "a recurrent state cannot be rewound"
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
