@@ -14,7 +14,8 @@ class KvCache:
         self.rewinds = False
         self._recording = False
         # A few models (minimax) insist on a cache class of their own and make it when they are given none.
-        own = not model._supports_default_dynamic_cache()
+        network: Any = model
+        own = not network._supports_default_dynamic_cache()
         self._cache: Any = None if own else DynamicCache(config=model.config.get_text_config(decoder=True))
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from moespac.speculate.drafters import Draft, Drafter
 from moespac.speculate.sampling import probabilities
 from moespac.speculate.verify import Verdict, verify_greedy, verify_sampled
 from moespac.types import ModelShape, Window
+
+log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -47,6 +50,7 @@ class Engine:
         self.drafter = drafter
         self.config = config
         self._profile_file = profile_file
+        self._said = False  # that this model cannot be speculated on: once is enough
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
@@ -162,6 +166,19 @@ class Engine:
         """Tokens that prompt and answer may have together."""
         return getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
+    def _say_if_it_cannot_speculate(self, sequence: Sequence) -> None:
+        if (
+            self.config.window
+            and self.drafter.name != "none"
+            and not sequence.cache.rewinds
+            and not self._said
+        ):
+            log.warning(
+                "%s keeps a recurrent state that rejected tokens cannot be taken out of: decoding without drafts",
+                self.model.config.model_type,
+            )
+            self._said = True
+
     def _tokens(self, prompt: str | Tokens[int]) -> list[int]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -247,6 +264,7 @@ class Stream:
                 step = engine.step(sequence)
                 if prefill:
                     meter.prefilled(len(step.tokens))
+                    engine._say_if_it_cannot_speculate(sequence)
                 else:
                     meter.passed(step.drafted, step.accepted)
                 yield from self._emit(self._text.push(step.tokens))
