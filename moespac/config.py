@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from moespac.errors import ConfigError
 
@@ -23,23 +24,39 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class ContextConfig:
+    """How the routing of all layers together corrects the expectation of each expert. Values: docs/log.md."""
+
+    directions: int = 32  # that each view is projected on: 16 lose .002 of coverage, 64 gain .001
+    block: int = 64  # windows learned at once: solving costs as much as some 30 corrections
+    ridge: float = 10.0  # tokens' worth of "no correction": less misleads until some 1,000 tokens were seen
+    floor: float = 0.006  # routings a token: below, an expert's noise no longer falls with its rate
+
+
+@dataclass(frozen=True)
 class SensorConfig:
     """How routing is turned into the demand to expect. Values: by coverage, docs/log.md."""
 
     fast_tokens: float = 7.0  # mean life of the fast average: text keeps its subject for a clause ...
     slow_tokens: float = 100.0  # ... and its kind for much longer
     fast_share: float = 0.5  # weight of the fast average in their mix
-    floor: float = 0.15  # share of the long-run rate in that mix: what is long unseen is not impossible
+    last_tokens: float = 2.0  # mean life of a third average that only the context sees: the phrase
+    floor: float = 0.35  # share of the long-run rate in that mix: what is long unseen is not impossible
     table_bytes: int = 64 << 20  # token table: some 2,700 distinct tokens of a 48 x 128 model
     table_prior: float = 1.0  # sightings' worth of the long-run rate in each row: one sighting says much
     table_memory: float = 500.0  # sightings a row averages over; float16 could not take smaller steps
     recent_memory: float = 5.0  # sightings that the second average of a row, of the present text, spans
     recent_weight: float = 8.0  # what one of those counts for: this text's use of a token over all others
+    pair_bytes: int = 32 << 20  # routing kept to look pairs up in: the latest 43,000 tokens of 48 layers, top 8
+    pair_sightings: int = 4  # of a pair, the latest; more say nothing new
+    pair_fade: float = 0.7  # weight of each beside the one after it
+    pair_prior: float = 3.0  # sightings' worth of what the token table says
     rate_prior: float = 16.0  # tokens' worth of even routing in the long-run rate: it never is quite zero
     rate_tokens: float = 1e5  # mean life of the long-run rate: long enough to be the model's own habit
     acceptance_passes: float = 50.0  # mean life of the acceptance rate by position; it follows the text
     acceptance_prior: float = 0.8  # before anything was verified: what a fair drafter reaches
     plan_tokens: int = 64  # a longer window (prefill) is judged by its last tokens: it touches most experts
+    context: ContextConfig = field(default_factory=ContextConfig)
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,24 @@ class CostConfig:
 
 
 @dataclass(frozen=True)
+class BaselineConfig:
+    """What the systems we compare with leave to their users, or do not publish."""
+
+    miss_on: Literal["accelerator", "host"] = "accelerator"  # lru, lfu, arc: as most offloading systems do
+    prefetch_list: int = 16  # experts listed ahead, renewed every layer: twice the flights there can be
+    streaming_slots: int = 8  # kept free of static experts where others pass through: one a flight
+    copy_batch: int = 32  # llama.cpp: tokens from which on it copies weights to the device; from its source
+    calibration_passes: int = 32  # fiddler, ktransformers: with a prompt, hundreds of tokens to judge by
+    staged_experts: int = 2  # mixtral-offloading: guessed for the next layer, as published
+    shallow_share: float = 0.5  # fate: of the slots, for whole shallow layers; not published
+    sequences: int = 64  # moe-infinity: activation matrices kept; beyond some dozens of topics they repeat
+    score_top: int = 12  # hybrimoe: experts of a layer whose demand counts (p); from its source
+    score_new: float = 0.5  # hybrimoe: weight of the newest pass in the score (alpha); from its source
+    draft_token_seconds: float = 5e-3  # sp-moe, specter: one drafted token on a desktop GPU, an estimate
+    first_plan: float = 0.2  # specter: share of the draft after which its first plan is made; from its source
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     """Every constant of the method."""
 
@@ -90,6 +125,7 @@ class PolicyConfig:
     utility: UtilityConfig = field(default_factory=UtilityConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
     cost: CostConfig = field(default_factory=CostConfig)
+    baselines: BaselineConfig = field(default_factory=BaselineConfig)
 
 
 @dataclass(frozen=True)
@@ -145,6 +181,15 @@ def _is_within(value: object, low: float, high: float) -> bool:
 
 
 @dataclass(frozen=True)
+class AnalysisConfig:
+    """What `moespac trace show` looks at."""
+
+    lengths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # tokens a window: plain decoding to the longest drafts
+    near: int = 8  # tokens within which reuse is "soon": the figure that others publish
+    slot_shares: tuple[float, ...] = (0.125, 0.25, 0.5, 0.75)  # of a layer's experts, in the LRU table
+
+
+@dataclass(frozen=True)
 class PackConfig:
     """How files are written when a checkpoint is packed or inflated."""
 
@@ -154,13 +199,90 @@ class PackConfig:
 
 
 @dataclass(frozen=True)
+class SyntheticConfig:
+    """Made-up routing: standard deviations and lives of what a logit is made of, and the text.
+
+    Fitted by random search to locality figures of Qwen3-30B-A3B (docs/hardware.md).
+    """
+
+    popularity: float = 0.8  # of an expert, in every text; less than the topic's: training evens it out
+    token: float = 0.77  # what experts like about a token, in every text
+    topic: float = 1.3  # of the text: the hit rate of a large cache and the overlap of windows follow it ...
+    topic_tokens: float = 1000.0  # ... and its mean life
+    phrase: float = 1.0  # of the phrase: what repeats at the very next token follows it ...
+    phrase_tokens: float = 1.5  # ... and its mean life
+    vocabulary: int = 4096  # distinct tokens: an hour of text uses few more
+    zipf: float = 1.0  # exponent of the tokens' frequencies: that of natural language
+    repeat: float = 0.1  # share of the tokens that were used shortly before
+    repeat_span: int = 64  # how many tokens before, at most: a paragraph
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How ``moespac profile`` measures. Large enough to leave every cache, small enough for a minute."""
+
+    memory_bytes: int = 512 << 20  # read for the memory's bandwidth; no cache is as large
+    storage_bytes: int = 1 << 30  # of the temporary file: what a disk's own cache holds is a small part of it
+    storage_seconds: float = 1.5  # of reading, for each size and depth: disks vary within one second
+    block_bytes: tuple[int, ...] = (1 << 20, 4 << 20, 9 << 20)  # int4 to 16-bit experts of fine-grained models
+    depths: tuple[int, ...] = (1, 2, 4, 8, 16)  # reads in flight
+    depth_slack: float = 1.1  # the least depth that reads this near to the fastest is enough: disks are noisy
+    expert_hidden: int = 2048  # Qwen3-30B-A3B's expert: 4.7 million weights, of the size that models have
+    expert_width: int = 768
+    expert_tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32)  # beyond, seconds grow in proportion
+    records_bytes: int = 128 << 20  # of each format, taking turns: together more than any cache holds
+    repeats: int = 15  # of each timing; the lower quartile counts
+    decode_tokens: int = 16  # generated by the embedded model, ``repeats`` times, for a layer's overhead
+
+    @staticmethod
+    def quick() -> MeasureConfig:
+        """A few seconds, for a first look; figures vary by tens of percent."""
+        return MeasureConfig(
+            memory_bytes=128 << 20,
+            storage_bytes=128 << 20,
+            storage_seconds=0.2,
+            block_bytes=(4 << 20,),
+            depths=(1, 4, 8),
+            expert_tokens=(1, 4, 16),
+            records_bytes=32 << 20,
+            repeats=5,
+            decode_tokens=12,
+        )
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """What a simulation assumes where neither the trace nor the hardware profile says it."""
+
+    prompt_tokens: int = 32  # that a text without a recorded prompt lends: caches and counters have seen something
+    next_gate_accuracy: float = 0.97  # of a layer's gate on the hidden states before it; Fate (2025)
+    draft_routing_accuracy: float = 0.9  # of what a drafter's states say of the target; not published, between
+    # the share of experts that repeat at the next token and the next gate's
+    host_share: float = 0.9  # of host memory for experts: the system and the program need the rest
+
+
+@dataclass(frozen=True)
+class GovernorConfig:
+    """How the number of drafted tokens is chosen."""
+
+    most: int = 8  # K is at most this: acceptance beyond is rare, and every token touches new experts
+    acceptance_prior: float = 0.7  # before anything was verified: worth a try
+    mean_passes: float = 16.0  # mean life of the measurements: a change of text shows within some twenty passes
+    first_passes: int = 6  # in which few, no and many drafts are measured once
+    probe_passes: int = 16  # then a neighbour of the best is tried after this many passes, ever more rarely ...
+    probe_passes_most: int = 64  # ... down to this: probes of a hopeless K then cost some 1%
+    token_share: float = 0.5  # of a token's share of a pass, what one more costs where no size near was measured
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """All of it: what ``moespac.load`` assembles from its arguments."""
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     method: PolicyConfig = field(default_factory=PolicyConfig)
     policy: str = "moe-spac"
-    window: int = 4  # drafted tokens a pass (K); 0: no speculation
+    window: int | Literal["auto"] = "auto"  # drafted tokens a pass (K); 0: no speculation; auto: as many as pay
+    governor: GovernorConfig = field(default_factory=GovernorConfig)  # chooses K in auto
     prefill_chunk: int = (
         2048  # prompt tokens a pass: each pass reads nearly all experts, each token costs memory
     )

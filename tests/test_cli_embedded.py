@@ -47,7 +47,7 @@ def test_generate_writes_the_same_text_everywhere(tmp_path: Path) -> None:
     assert written["text"] == result.stdout != ""
     assert len(written["token_ids"]) == 24
     assert written["finish_reason"] == "length"
-    assert written["policy"] == "moe-spac" and written["window"] == 4
+    assert written["policy"] == "moe-spac" and written["window"] == "auto"
     assert 0 < written["hit_rate"] < 1
     assert 0 <= written["acceptance_rate"] <= 1
     assert written["bytes_read"]["storage"] > 0

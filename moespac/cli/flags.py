@@ -43,15 +43,27 @@ class DraftFlags:
         bool, typer.Option("--no-draft", help="Decode without speculation.", rich_help_panel=DRAFT)
     ] = False
     window: Annotated[
-        int, typer.Option(min=0, help="Drafted tokens a pass (K); 0: no speculation.", rich_help_panel=DRAFT)
-    ] = EngineConfig.window
+        str,
+        typer.Option(
+            metavar="K|auto",
+            help="Drafted tokens a pass; 0: no speculation; auto: as many as pay, by measurement.",
+            rich_help_panel=DRAFT,
+        ),
+    ] = str(EngineConfig.window)
 
     def arguments(self) -> dict[str, Any]:
         """For ``moespac.load``. Raises ConfigError for more than one source of drafts."""
         if (self.draft is not None) + self.lookup + self.no_draft > 1:
             raise ConfigError("--draft, --lookup and --no-draft exclude each other: give one of them")
         source = "lookup" if self.lookup else "none" if self.no_draft else self.draft or "auto"
-        return {"draft": source, "window": self.window}
+        return {"draft": source, "window": self._window()}
+
+    def _window(self) -> int | str:
+        if self.window == "auto":
+            return "auto"
+        if not self.window.isdecimal():
+            raise ConfigError(f"--window {self.window}: give a number of tokens, 0 or more, or auto")
+        return int(self.window)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import platformdirs
 import torch
@@ -53,7 +53,7 @@ def load(
     host_memory: str = "auto",
     accelerator_memory: str = "none",
     policy: str = "moe-spac",
-    window: int = 4,
+    window: int | Literal["auto"] = "auto",
     dtype: str = "auto",
     profile: str | Path | None = "auto",
     asynchronous: bool = True,
@@ -66,7 +66,7 @@ def load(
     host_memory, accelerator_memory: what experts may take there: bytes ("2GiB"), percent of all experts ("25%"),
         "auto" (what is free, with room left for everything else); "none" for no accelerator.
     policy: who decides what is where, see ``moespac.policy.registry``.
-    window: drafted tokens a pass (K); 0 does not speculate.
+    window: drafted tokens a pass (K); 0 does not speculate, "auto" drafts as many as measurably pay.
     dtype: what is computed in; "auto" is float32 on a CPU and bfloat16 on a GPU.
     profile: where what is learned about the model's routing is kept between runs; "auto" is the user's cache
         directory, None keeps nothing.
@@ -74,8 +74,8 @@ def load(
 
     Raises ModelError, CheckpointError, DraftError or ConfigError, each with one line on what to do.
     """
-    if window < 0:
-        raise ConfigError(f"window {window}: must be 0 or more drafted tokens")
+    if window != "auto" and window < 0:
+        raise ConfigError(f"window {window}: must be 0 or more drafted tokens, or auto")
     memory = replace(
         MemoryConfig(),
         host_memory=host_memory,

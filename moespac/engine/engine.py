@@ -21,6 +21,7 @@ from moespac.engine.text import TextStream
 from moespac.errors import ConfigError
 from moespac.experts.runtime import ExpertRuntime
 from moespac.speculate.drafters import Draft, Drafter
+from moespac.speculate.governor import FixedWindow, Governor
 from moespac.speculate.sampling import probabilities
 from moespac.speculate.verify import Verdict, verify_greedy, verify_sampled
 from moespac.types import ModelShape, Window
@@ -50,6 +51,9 @@ class Engine:
         self.drafter = drafter
         self.config = config
         self._profile_file = profile_file
+        self._governor: Governor | FixedWindow = (
+            Governor(config.governor) if config.window == "auto" else FixedWindow(config.window)
+        )
         self._said = False  # that this model cannot be speculated on: once is enough
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -66,13 +70,18 @@ class Engine:
             self._forward(sequence, part)
             sequence.rewind(part, accepted=0)
             self.runtime.end_pass(accepted=0)
+        start = self.runtime.clock.now()
         draft = self._draft(sequence)
+        drafted = self.runtime.clock.now()
         window = sequence.window(draft.tokens)
         if draft.tokens:
             self.runtime.plan(window)  # the drafted tokens are a sensor: they say which experts come
         logits = self._forward(sequence, window)
         with self.runtime.clock.measure("verify"):
             verdict = _verify(sequence, draft, logits)
+        if sequence.prefilled:
+            verified = self.runtime.clock.now()
+            self._governor.observe(window.drafted, verdict.accepted, drafted - start, verified - drafted)
         sequence.rewind(window, verdict.accepted)
         self.runtime.end_pass(verdict.accepted)
         tokens = sequence.accept(verdict.tokens)
@@ -81,7 +90,7 @@ class Engine:
         return StepResult(tokens, window.drafted, verdict.accepted)
 
     def _draft(self, sequence: Sequence) -> Draft:
-        k = min(self.config.window, sequence.room) if sequence.prefilled else 0
+        k = min(self._governor.choose(), sequence.room) if sequence.prefilled else 0
         if k <= 0:
             return Draft()
         with self.runtime.clock.measure("draft"):

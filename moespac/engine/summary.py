@@ -35,7 +35,7 @@ class Summary:
     seconds: dict[str, float]  # by cause; accelerator_experts overlaps with the others, which add up to total
     policy: str
     drafter: str
-    window: int
+    window: int | str  # K as asked for; 0 where the model's cache cannot be rewound
     exactness: str
     versions: dict[str, str]
 

@@ -16,7 +16,7 @@ from moespac.policy.balance import accelerator_costs, choose_thresholds, host_co
 from moespac.policy.base import Policy, TierName
 from moespac.policy.cost import CostModel
 from moespac.policy.sensors import DemandSensor, Rates
-from moespac.policy.split import State, split
+from moespac.policy.split import place_by_finish
 from moespac.policy.utility import UtilityEstimator
 from moespac.types import Capacity, Grid, Ids, ModelShape, Observation, Placement, Plan, Residency, Window
 
@@ -60,15 +60,7 @@ class MoeSpacPolicy(Policy):
         """Split the active experts so that both devices finish early; fetches overlap computing."""
         if layer == 0:
             self._note_copies(residency)  # once a pass is enough: few change within it
-        active = np.flatnonzero(counts)
-        tokens, states = counts[active], _states(layer, active, residency)
-        ordered = np.lexsort((-tokens, states))  # what is near first, then the most work first
-        active, tokens, states = active[ordered], tokens[ordered], states[ordered]
-        ids = layer * self.shape.experts + active
-        if not self.capacity.accelerator:
-            return Placement(ids)
-        there = split(tokens, states, self.costs, self._config.balance, self.capacity.accelerator)
-        return Placement(host=ids[~there], accelerator=ids[there])
+        return place_by_finish(layer, counts, residency, self.costs, self._config.balance)
 
     def retention(self, tier: TierName, layer: int) -> Order:
         """Utility discounted by how far ahead the next use is: layer order is a clock.
@@ -143,11 +135,3 @@ class MoeSpacPolicy(Policy):
         replacing = candidates[free : free + len(victims)]
         beaten = value[replacing] > margin * victims[: len(replacing)]
         return candidates[: free + int(beaten.sum())]
-
-
-def _states(layer: int, active: Ids, residency: Residency) -> NDArray[np.int64]:
-    """(n,) the ``State`` of each active expert of ``layer``."""
-    states = np.where(residency.host[layer, active], State.HOST.value, State.STORAGE.value)
-    states[residency.arriving_accelerator[layer, active]] = State.ARRIVING.value
-    states[residency.accelerator[layer, active]] = State.ACCELERATOR.value
-    return states

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moespac.config import BalanceConfig
 from moespac.policy.cost import CostModel
+from moespac.types import Ids, Placement, Residency
 
 
 class State(IntEnum):
@@ -25,6 +26,29 @@ class State(IntEnum):
     ARRIVING = 1  # on its way to the accelerator; a complete copy is in host memory
     HOST = 2
     STORAGE = 3
+
+
+def place_by_finish(
+    layer: int, counts: NDArray[np.int64], residency: Residency, costs: CostModel, config: BalanceConfig
+) -> Placement:
+    """The placement of ``layer``'s active experts by earliest finish: what is near first, then the most work."""
+    active = np.flatnonzero(counts)
+    tokens, states = counts[active], _states(layer, active, residency)
+    ordered = np.lexsort((-tokens, states))
+    active, tokens, states = active[ordered], tokens[ordered], states[ordered]
+    ids = layer * len(counts) + active
+    if not residency.capacity.accelerator:
+        return Placement(ids)
+    there = split(tokens, states, costs, config, residency.capacity.accelerator)
+    return Placement(host=ids[~there], accelerator=ids[there])
+
+
+def _states(layer: int, active: Ids, residency: Residency) -> NDArray[np.int64]:
+    """(n,) the ``State`` of each active expert of ``layer``."""
+    states = np.where(residency.host[layer, active], State.HOST.value, State.STORAGE.value)
+    states[residency.arriving_accelerator[layer, active]] = State.ARRIVING.value
+    states[residency.accelerator[layer, active]] = State.ACCELERATOR.value
+    return states
 
 
 def split(
@@ -37,6 +61,8 @@ def split(
     are enumerated by how many of each class go there: exact while those are at most ``config.exact_splits``,
     else the best prefix of the experts in their order.
     """
+    if not len(counts):
+        return np.zeros(0, np.bool_)  # some families may route a layer nothing
     changes = np.flatnonzero((states[1:] != states[:-1]) | (counts[1:] != counts[:-1])) + 1
     begins = np.concatenate([[0], changes])
     sizes = np.concatenate([changes, [len(counts)]]) - begins

@@ -37,7 +37,7 @@ class Oracle:
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory):
     path = save_checkpoint("qwen3_moe", tmp_path_factory.mktemp("target"))
-    with moespac.load(path, draft="none", host_memory="50%", profile=None) as engine:
+    with moespac.load(path, draft="none", host_memory="50%", window=4, profile=None) as engine:
         engine.drafter = Oracle(reference_tokens("qwen3_moe", PROMPT, 60))
         yield engine
 

@@ -1,4 +1,4 @@
-"""What every registered policy owes the engine, on random machines and windows."""
+"""What every registered policy owes the engine and the simulator, on random machines and windows."""
 
 from __future__ import annotations
 
@@ -6,58 +6,78 @@ import numpy as np
 import pytest
 
 from moespac.config import PolicyConfig
-from moespac.errors import ConfigError
-from moespac.policy.registry import POLICIES, make_policy
-from moespac.types import Capacity, Observation, Placement, Residency, Window
+from moespac.policy.base import Policy, Sensor
+from moespac.policy.registry import SIMULATOR_POLICIES, make_policy
+from moespac.types import Capacity, Observation, Placement, Plan, Residency, Window
 from tests.policy.small import SHAPE, residency, routing
 
 MACHINES = [
+    Capacity(1),
     Capacity(5),
     Capacity(SHAPE.total),
-    Capacity(12, 5),
-    Capacity(SHAPE.total, SHAPE.total),
+    Capacity(1, 1),
     Capacity(4, 1),
+    Capacity(12, 5),
+    Capacity(SHAPE.total, 18),
+    Capacity(SHAPE.total, SHAPE.total),
 ]
-PASSES = [
-    (1, 0),
-    (5, 4),
-    (300, 0),
-    (2, 1),
-    (1, 0),
-    (5, 4),
-    (9, 8),
-]  # tokens, drafted; a prefill in the middle
+PASSES = [  # tokens, drafted, prefill
+    (40, 0, True),
+    (1, 0, False),
+    (5, 4, False),
+    (300, 0, True),
+    (2, 1, False),
+    (1, 0, False),
+    (5, 4, False),
+    (9, 8, False),
+]
 
 
-@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("attended", [True, False], ids=["attended", "bare"])
 @pytest.mark.parametrize("capacity", MACHINES, ids=str)
-@pytest.mark.parametrize("name", POLICIES)
-def test_a_policy_keeps_the_contract(name: str, capacity: Capacity, planned: bool) -> None:
+@pytest.mark.parametrize("name", SIMULATOR_POLICIES)
+def test_a_policy_keeps_the_contract(name: str, capacity: Capacity, attended: bool) -> None:
+    """``bare``: nobody plans or serves the sensors, as in stock generate()."""
     rng = np.random.default_rng(7)
-    policy = make_policy(name, SHAPE, capacity, PolicyConfig())
-    for size, drafted in PASSES:
-        window = Window(rng.integers(0, 50, size), drafted)
-        now = residency(capacity, rng)
-        if planned:
-            _check_plan(policy.plan(window, now), now)
-        routed = routing(size, rng)
+    policy = make_policy(name, SHAPE, capacity, PolicyConfig(), simulated=True)
+    passes = [routing(size, rng) for size, *_ in PASSES]
+    passes[2][:, 1] = -1  # a token that is routed nowhere
+    if attended and Sensor.FUTURE in policy.sensors:
+        policy.reveal(passes)
+    for (size, drafted, prefill), routed in zip(PASSES, passes, strict=True):
+        window = Window(rng.integers(0, 50, size), drafted, prefill)
+        if attended:
+            _plan(policy, window, _window_counts(routed), residency(capacity, rng))
         for layer in range(SHAPE.layers):
-            counts = np.bincount(routed[layer].ravel(), minlength=SHAPE.experts)
-            now = residency(capacity, rng)
-            placement = policy.place(layer, counts, now)
-            _check_placement(placement, layer, counts, now)
-            for tier in ("host", "accelerator"):
-                _check_values(policy.retention(tier, layer))
+            _run_layer(policy, layer, _window_counts(routed), residency(capacity, rng), attended)
         policy.observe(Observation(window, routed, accepted=int(rng.integers(0, drafted + 1))))
         _check_values(policy.retention("host", -1))
 
 
-def _check_plan(plan, now: Residency) -> None:
+def _plan(policy: Policy, window: Window, counts: np.ndarray, now: Residency) -> None:
+    if Sensor.DRAFT_ROUTING in policy.sensors:
+        policy.foresee_window(counts)
+    _check_plan(policy.plan(window, now), now)
+    _check_values(policy.retention("accelerator", -1))
+
+
+def _run_layer(policy: Policy, layer: int, counts: np.ndarray, now: Residency, attended: bool) -> None:
+    if attended and Sensor.NEXT_GATE in policy.sensors and layer + 1 < SHAPE.layers:
+        policy.foresee_layer(layer + 1, counts[layer + 1])
+    _check_placement(policy.place(layer, counts[layer], now), layer, counts[layer], now)
+    for tier in ("host", "accelerator"):
+        _check_values(policy.retention(tier, layer))
+
+
+def _window_counts(routed: np.ndarray) -> np.ndarray:
+    return np.stack([np.bincount(layer[layer >= 0], minlength=SHAPE.experts) for layer in routed])
+
+
+def _check_plan(plan: Plan, now: Residency) -> None:
     for ids in (plan.host, plan.accelerator):
         assert len(set(ids.tolist())) == len(ids)
     assert not (now.host | now.arriving_host).ravel()[plan.host].any()
     assert not (now.accelerator | now.arriving_accelerator).ravel()[plan.accelerator].any()
-    assert now.host.ravel()[plan.accelerator].all(), "only what the host has can be copied"
     assert len(plan.host) <= now.capacity.host
     assert len(plan.accelerator) <= now.capacity.accelerator
 
@@ -66,8 +86,10 @@ def _check_placement(placement: Placement, layer: int, counts: np.ndarray, now: 
     placed = np.concatenate([placement.host, placement.accelerator])
     assert sorted(placed) == (layer * SHAPE.experts + np.flatnonzero(counts)).tolist()
     if not now.capacity.accelerator:
-        assert not len(placement.accelerator)
-    assert not now.accelerator.ravel()[placement.prefetch.accelerator].any()
+        assert not len(placement.accelerator) and not len(placement.load)
+    assert set(placement.load // SHAPE.experts) <= {layer}
+    assert len(set(placement.load.tolist())) == len(placement.load)
+    _check_plan(placement.prefetch, now)
 
 
 def _check_values(values: np.ndarray) -> None:
@@ -75,6 +97,21 @@ def _check_values(values: np.ndarray) -> None:
     assert np.isfinite(values).all()
 
 
-def test_an_unknown_policy_is_a_config_error_that_names_the_known() -> None:
-    with pytest.raises(ConfigError, match="lru, moe-spac"):
-        make_policy("magic", SHAPE, Capacity(4), PolicyConfig())
+@pytest.mark.parametrize("capacity", [Capacity(5), Capacity(12, 5)], ids=str)
+@pytest.mark.parametrize("name", SIMULATOR_POLICIES)
+def test_a_layer_may_be_routed_nothing(name: str, capacity: Capacity) -> None:
+    policy = make_policy(name, SHAPE, capacity, PolicyConfig(), simulated=True)
+    now = residency(capacity, np.random.default_rng(0))
+    nothing = np.zeros(SHAPE.experts, np.int64)
+    _check_placement(policy.place(1, nothing, now), 1, nothing, now)
+    _check_values(policy.retention("host", 1))
+
+
+@pytest.mark.parametrize("name", SIMULATOR_POLICIES)
+def test_values_are_the_callers_own(name: str) -> None:
+    """The driver may keep or change them; the policy must not notice."""
+    policy = make_policy(name, SHAPE, Capacity(12, 5), PolicyConfig(), simulated=True)
+    first = policy.retention("host", 0)
+    kept = first.copy()
+    first += 1
+    np.testing.assert_array_equal(policy.retention("host", 0), kept)

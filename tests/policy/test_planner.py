@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 
 from moespac.config import PolicyConfig
-from moespac.policy.baselines.lru import LruPolicy
 from moespac.policy.cost import CostModel
 from moespac.policy.planner import MoeSpacPolicy
-from moespac.types import Capacity, Observation, Residency, Window
-from tests.policy.small import SHAPE, observation, routing
+from moespac.types import Capacity, Observation, Window
+from tests.policy.small import SHAPE, observation, resident, routing
 
 CONFIG = PolicyConfig()
 HOST_ONLY = Capacity(host=8)
@@ -18,17 +17,6 @@ HOST_ONLY = Capacity(host=8)
 
 def _policy(capacity: Capacity = HOST_ONLY, config: PolicyConfig = CONFIG) -> MoeSpacPolicy:
     return MoeSpacPolicy(SHAPE, capacity, CostModel(config.cost, SHAPE.record_bytes), config)
-
-
-def _residency(
-    capacity: Capacity, host: object = (), accelerator: object = (), arriving: object = ()
-) -> Residency:
-    def grid(ids: object) -> np.ndarray:
-        flat = np.zeros(SHAPE.total, np.bool_)
-        flat[list(ids)] = True
-        return flat.reshape(SHAPE.layers, -1)
-
-    return Residency(grid(host), grid(accelerator), grid(()), grid(arriving), capacity)
 
 
 def _teach(policy: MoeSpacPolicy, passes: int = 20) -> None:
@@ -40,7 +28,7 @@ def _teach(policy: MoeSpacPolicy, passes: int = 20) -> None:
 def test_the_drafted_tokens_decide_what_is_fetched() -> None:
     policy = _policy()
     _teach(policy)
-    plan = policy.plan(Window(np.array([2, 2]), drafted=1), _residency(HOST_ONLY))
+    plan = policy.plan(Window(np.array([2, 2]), drafted=1), resident(HOST_ONLY))
     assert set(plan.host[:6]) == {4, 5, 12, 13, 20, 21}
     assert len(plan.host) == 8, "left-over slots are filled too"
 
@@ -50,9 +38,9 @@ def test_a_full_tier_gives_up_only_what_is_worth_less() -> None:
     _teach(policy)
     best = [4, 5, 12, 13, 20, 21]
     window = Window(np.array([2, 2]), drafted=1)
-    assert set(policy.plan(window, _residency(HOST_ONLY, [*best, 0, 1])).host) <= {8, 9, 16, 17}
+    assert set(policy.plan(window, resident(HOST_ONLY, [*best, 0, 1])).host) <= {8, 9, 16, 17}
     useless = [2, 3, 10, 11, 18, 19, 6, 7]
-    plan = policy.plan(window, _residency(HOST_ONLY, useless))
+    plan = policy.plan(window, resident(HOST_ONLY, useless))
     assert set(plan.host[:6]) == set(best)
 
 
@@ -62,11 +50,11 @@ def test_each_replacement_is_worth_it_and_above_its_threshold(seed: int) -> None
     policy = _policy()
     for _ in range(12):
         tokens = rng.integers(0, 6, 3)
-        resident = rng.permutation(SHAPE.total)[: rng.integers(4, 9)]
-        plan = policy.plan(Window(tokens), _residency(HOST_ONLY, resident))
+        held = rng.permutation(SHAPE.total)[: rng.integers(4, 9)]
+        plan = policy.plan(Window(tokens), resident(HOST_ONLY, held))
         value = policy.retention("host", -1)
-        replacing = plan.host[8 - len(resident) :]
-        assert (value[replacing] > np.sort(value[resident])[: len(replacing)]).all()
+        replacing = plan.host[8 - len(held) :]
+        assert (value[replacing] > np.sort(value[held])[: len(replacing)]).all()
         above = policy._utility.highest >= policy._thresholds["host"][:, None]
         assert above.ravel()[replacing].all()
         policy.observe(Observation(Window(tokens), routing(3, rng), 0))
@@ -74,7 +62,7 @@ def test_each_replacement_is_worth_it_and_above_its_threshold(seed: int) -> None
 
 def test_what_is_resident_or_arriving_is_not_fetched() -> None:
     policy = _policy(Capacity(SHAPE.total))
-    full = _residency(Capacity(SHAPE.total), range(SHAPE.total))
+    full = resident(Capacity(SHAPE.total), range(SHAPE.total))
     assert not len(policy.plan(Window(np.array([1])), full).host)
 
 
@@ -82,7 +70,7 @@ def test_the_accelerator_is_filled_from_the_host() -> None:
     capacity = Capacity(host=SHAPE.total, accelerator=6)
     policy = _policy(capacity)
     _teach(policy)
-    plan = policy.plan(Window(np.array([2])), _residency(capacity, host=range(21)))
+    plan = policy.plan(Window(np.array([2])), resident(capacity, host=range(21)))
     assert set(plan.accelerator) >= {4, 5, 12, 13, 20}
     assert 21 not in plan.accelerator and 21 in plan.host
 
@@ -90,14 +78,14 @@ def test_the_accelerator_is_filled_from_the_host() -> None:
 def test_the_host_computes_what_it_holds_while_the_rest_is_read() -> None:
     policy = _policy()
     counts = np.array([1, 3, 0, 2, 5, 0, 0, 0])
-    placement = policy.place(1, counts, _residency(HOST_ONLY, host=[8, 9]))
+    placement = policy.place(1, counts, resident(HOST_ONLY, host=[8, 9]))
     np.testing.assert_array_equal(placement.host, [9, 8, 12, 11])
 
 
 def test_what_the_accelerator_holds_is_computed_there() -> None:
     capacity = Capacity(host=SHAPE.total, accelerator=4)
     placement = _policy(capacity).place(
-        0, np.array([1, 1, 0, 0, 0, 0, 0, 0]), _residency(capacity, range(SHAPE.total), [0])
+        0, np.array([1, 1, 0, 0, 0, 0, 0, 0]), resident(capacity, range(SHAPE.total), [0])
     )
     assert 0 in placement.accelerator
 
@@ -105,7 +93,7 @@ def test_what_the_accelerator_holds_is_computed_there() -> None:
 def test_layer_order_is_a_clock() -> None:
     policy = _policy()
     _teach(policy)
-    policy.plan(Window(np.array([1, 2])), _residency(HOST_ONLY))
+    policy.plan(Window(np.array([1, 2])), resident(HOST_ONLY))
     value = policy.retention("host", layer=1).reshape(SHAPE.layers, -1)
     assert value[1].min() > max(value[0].max(), value[2].max()), "the layer that runs is frozen"
     assert (value[2, :2] > value[0, :2]).all(), "the layer to come is needed before the one that has run"
@@ -114,7 +102,7 @@ def test_layer_order_is_a_clock() -> None:
 def test_layers_that_ran_are_valued_by_the_next_window_not_by_this_one() -> None:
     policy = _policy()
     _teach(policy)
-    policy.plan(Window(np.array([2, 2])), _residency(HOST_ONLY))
+    policy.plan(Window(np.array([2, 2])), resident(HOST_ONLY))
     value = policy.retention("host", layer=1).reshape(SHAPE.layers, -1)
     assert value[2, 4] > 2 * value[2, 0], "this window holds token 2 only"
     assert value[0, 0] > 0.5 * value[0, 4], "the next one may hold either"
@@ -124,7 +112,7 @@ def test_a_copy_in_the_accelerator_makes_the_host_copy_worth_less() -> None:
     capacity = Capacity(host=8, accelerator=2)
     policy = _policy(capacity)
     _teach(policy)
-    policy.plan(Window(np.array([1, 2])), _residency(capacity, host=[0, 1], accelerator=[0]))
+    policy.plan(Window(np.array([1, 2])), resident(capacity, host=[0, 1], accelerator=[0]))
     value = policy.retention("host", -1)
     assert value[0] == pytest.approx(CONFIG.utility.copy_worth * value[1], rel=0.05)
     assert policy.retention("accelerator", -1)[0] > value[0]
@@ -145,28 +133,3 @@ def test_levels_do_not_overrule_demand() -> None:
     assert set(with_levels.retention("host", -1).argsort()[-12:]) == set(
         without.retention("host", -1).argsort()[-12:]
     )
-
-
-def test_lru_evicts_what_was_used_longest_ago() -> None:
-    policy = LruPolicy(SHAPE, HOST_ONLY, CostModel(CONFIG.cost, SHAPE.record_bytes))
-    for layer, expert in ((0, 3), (1, 2), (0, 5), (1, 2)):
-        counts = np.zeros(SHAPE.experts, np.int64)
-        counts[expert] = 1
-        policy.place(layer, counts, _residency(HOST_ONLY))
-    value = policy.retention("host", -1)
-    assert value[0 * 8 + 3] < value[0 * 8 + 5] < value[1 * 8 + 2]
-    assert (np.delete(value, [3, 5, 10]) < value[3]).all()
-
-
-@pytest.mark.parametrize("miss_on", ["host", "accelerator"])
-def test_lru_misses_go_where_they_are_told(miss_on: str) -> None:
-    capacity = Capacity(host=SHAPE.total, accelerator=4)
-    policy = LruPolicy(SHAPE, capacity, CostModel(CONFIG.cost, SHAPE.record_bytes), miss_on)
-    placement = policy.place(
-        0, np.array([1, 1, 0, 0, 0, 0, 0, 0]), _residency(capacity, range(SHAPE.total), [0])
-    )
-    if miss_on == "host":
-        assert (placement.host, placement.accelerator, placement.prefetch.accelerator) == ([1], [0], [1])
-    else:
-        assert not len(placement.host)
-        np.testing.assert_array_equal(placement.accelerator, [0, 1])

@@ -1,0 +1,114 @@
+"""How many tokens to draft (ours; the paper's K is fixed). 0 is an answer.
+
+With offloaded fine-grained experts each drafted token touches experts that nobody needed yet, so a window can cost
+more than its accepted tokens gain. K is chosen each pass to maximise
+
+    (1 + sum over j <= K of the probability that drafts 1..j are all accepted) / (seconds of a pass of K + 1 tokens
+                                                                                + K seconds of drafting)
+
+from running measurements of all three. No torch, no clock: the engine and the simulator tell it what they saw.
+"""
+
+from __future__ import annotations
+
+from moespac.config import GovernorConfig
+
+
+class Governor:
+    """Chooses K between 0 and ``config.most``."""
+
+    def __init__(self, config: GovernorConfig) -> None:
+        self._most = most = config.most
+        self._config = config
+        # One probability for all positions: later drafts are accepted a little less often, but one number is
+        # known from a few windows, and eight would each be noise.
+        self._acceptance = config.acceptance_prior
+        self._drafted_at = 0  # the last pass that had drafts
+        self._pass_seconds: dict[int, float] = {}  # running mean by tokens in the window
+        self._timed_at: dict[int, int] = {}
+        self._draft_seconds = 0.0  # of one token
+        self._passes = 0
+        self._last_best = most
+        self._interval = config.probe_passes
+        self._next_probe = config.probe_passes
+
+    def choose(self) -> int:
+        """K for the next window: the best as far as is known, now and then a neighbour to know more."""
+        for first in (min(2, self._most), 0, self._most):  # a line needs points: few, none, many
+            if first + 1 not in self._pass_seconds and self._passes < self._config.first_passes:
+                return first
+        best = self._best()
+        if best != self._last_best:
+            self._last_best, self._interval = best, self._config.probe_passes
+            self._next_probe = min(self._next_probe, self._passes + self._interval)
+        if self._passes < self._next_probe:
+            return best
+        return self._probe(best)
+
+    def observe(self, drafted: int, accepted: int, draft_seconds: float, pass_seconds: float) -> None:
+        """A pass ran ``drafted`` + 1 tokens, of whose drafts ``accepted`` were kept."""
+        self._passes += 1
+        if drafted:
+            step = self._step(self._drafted_at)
+            for right in [True] * accepted + [False] * (accepted < drafted):
+                self._acceptance = _towards(self._acceptance, right, step)
+            self._drafted_at = self._passes
+            self._draft_seconds = _towards(self._draft_seconds, draft_seconds / drafted, step)
+        tokens = drafted + 1
+        known = self._pass_seconds.get(tokens, pass_seconds)
+        # One slow pass is a stall of the machine, not a property of K: it counts as at most twice the mean.
+        seen = min(pass_seconds, 2 * known)
+        self._pass_seconds[tokens] = _towards(known, seen, self._step(self._timed_at.get(tokens, 0)))
+        self._timed_at[tokens] = self._passes
+
+    def rate(self, k: int) -> float:
+        """Tokens per second to expect of windows with ``k`` drafts."""
+        tokens = sum(self._acceptance**position for position in range(k + 1))
+        return tokens / (self._seconds(k + 1) + k * self._draft_seconds)
+
+    def _best(self) -> int:
+        return max(range(self._most + 1), key=self.rate)
+
+    def _probe(self, best: int) -> int:
+        """A neighbour of ``best``. Probes that change nothing become rare; a new best makes them frequent."""
+        self._interval = min(2 * self._interval, self._config.probe_passes_most)
+        self._next_probe = self._passes + self._interval
+        if best == 0:
+            return 1
+        return best - 1 if self._passes % 2 or best == self._most else best + 1
+
+    def _step(self, last: int) -> float:
+        """The weight of an observation whose like was last seen in pass ``last``: old knowledge counts less."""
+        mean = self._config.mean_passes
+        return min(max(1.0, (self._passes - last) / 8), mean / 4) / mean
+
+    def _seconds(self, tokens: int) -> float:
+        """Of a pass: measured, or on the straight line between the nearest measured sizes."""
+        known = self._pass_seconds
+        if tokens in known:
+            return known[tokens]
+        below = max((t for t in known if t < tokens), default=None)
+        above = min((t for t in known if t > tokens), default=None)
+        if below is not None and above is not None:
+            share = (tokens - below) / (above - below)
+            return known[below] + share * (known[above] - known[below])
+        nearest = below if below is not None else above
+        assert nearest is not None, "choose() measures before it compares"
+        slope = self._config.token_share * known[nearest] / nearest
+        return known[nearest] + slope * (tokens - nearest)
+
+
+class FixedWindow:
+    """Stands in for the governor where the user has chosen K."""
+
+    def __init__(self, k: int) -> None:
+        self._k = k
+
+    def choose(self) -> int:
+        return self._k
+
+    def observe(self, drafted: int, accepted: int, draft_seconds: float, pass_seconds: float) -> None: ...
+
+
+def _towards(mean: float, seen: float, step: float) -> float:
+    return mean + step * (seen - mean)
