@@ -47,7 +47,7 @@ class SensorConfig:
     table_memory: float = 500.0  # sightings a row averages over; float16 could not take smaller steps
     recent_memory: float = 5.0  # sightings that the second average of a row, of the present text, spans
     recent_weight: float = 8.0  # what one of those counts for: this text's use of a token over all others
-    pair_bytes: int = 32 << 20  # routing kept to look pairs up in: the latest 43,000 tokens of 48 layers, top 8
+    pair_bytes: int = 16 << 20  # routing kept to look pairs up in: the latest 21,000 tokens of 48 layers, top 8
     pair_sightings: int = 4  # of a pair, the latest; more say nothing new
     pair_fade: float = 0.7  # weight of each beside the one after it
     pair_prior: float = 3.0  # sightings' worth of what the token table says
@@ -70,6 +70,7 @@ class UtilityConfig:
     histogram_windows: float = 16.0  # mean life of the demand histogram: it follows K, acceptance and text
     level_weight: float = 0.01  # what a level adds to the expected count per token when experts are ordered
     prefetch_margin: float = 2.0  # times a victim's utility before it makes way: a quarter less to read
+    copy_margin: float = 8.0  # the same for a copy to the accelerator, which saves no wait: the CPU could compute
     pass_discount: float = 0.8  # worth of a need one full pass away: less certain, and time to refetch
     copy_worth: float = 0.25  # worth in host memory of what the accelerator has: a refetch saved, if it goes
 

@@ -6,7 +6,7 @@ the window's true routing is counted against them. This judges estimators, not s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,22 +15,10 @@ from numpy.typing import NDArray
 from moespac.config import PolicyConfig
 from moespac.policy.sensors import DemandSensor
 from moespac.policy.utility import ReferenceLevels, UtilityEstimator
+from moespac.trace.schema import Trace
 from moespac.types import Ids, ModelShape, Observation, Window
 
 Counts = NDArray[np.int64]  # (layers * experts,) tokens of a window routed to each expert
-
-
-class RoutingTrace(NamedTuple):
-    """Decoded sequences, one after the other."""
-
-    tokens: Ids  # (N,) the token fed at each step
-    routing: NDArray[np.integer]  # (N, layers, k) the experts it was routed to
-    offsets: Ids  # (sequences + 1,) where each sequence begins
-    experts: int  # experts per layer
-
-    @property
-    def shape(self) -> ModelShape:
-        return ModelShape(self.routing.shape[1], self.experts, self.routing.shape[2], record_bytes=1)
 
 
 class Coverage(NamedTuple):
@@ -51,34 +39,33 @@ class Estimator(Protocol):
 
 
 Make = Callable[[ModelShape, float], Estimator]  # for the shape of a model and the share of experts held
+Sequences = Iterable[tuple[Trace, int]]  # each by its trace and its number in it
 
 
-def coverage(trace: RoutingTrace, make: Make, residency: float, window: int = 5, folds: int = 5) -> Coverage:
-    """Judge ``make(shape, residency)`` by leaving out: for each fold of the sequences a fresh one observes
-    all others, then is measured. With one fold nothing is left to warm up on: it is measured cold, over all.
+def coverage(estimator: Estimator, sequences: Sequences, residency: float, window: int = 5) -> Coverage:
+    """Judge ``estimator`` on ``sequences``, from which it goes on learning.
 
     ``window`` tokens a pass, all accepted; ``residency`` is the share of all experts that is held.
     """
     held, demand = np.zeros(2), np.zeros(2)
-    for fold in range(folds):
-        estimator = make(trace.shape, residency)
-        sequences = range(len(trace.offsets) - 1)
-        for seen in (s for s in sequences if s % folds != fold):
-            for passed in _windows(trace, seen, window):
-                estimator.observe(*passed)
-        for judged in sequences[fold::folds]:
-            for passed in _windows(trace, judged, window):
-                _count(passed[2], estimator.order(passed[0]), residency, held, demand)
-                estimator.observe(*passed)
+    for passed in _windows(sequences, window):
+        _count(passed[2], estimator.order(passed[0]), residency, held, demand)
+        estimator.observe(*passed)
     return Coverage(*(held / demand).tolist())
 
 
-def bound(trace: RoutingTrace, residency: float, window: int = 5) -> Coverage:
+def warm(estimator: Estimator, sequences: Sequences, window: int = 5) -> None:
+    """Let ``estimator`` live through ``sequences``, as the runs did that saved a profile."""
+    for passed in _windows(sequences, window):
+        estimator.order(passed[0])  # some learn from what they had expected
+        estimator.observe(*passed)
+
+
+def bound(sequences: Sequences, residency: float, window: int = 5) -> Coverage:
     """What no estimator can beat: the coverage if each window's true counts were known before it."""
     held, demand = np.zeros(2), np.zeros(2)
-    for sequence in range(len(trace.offsets) - 1):
-        for _, _, counts in _windows(trace, sequence, window):
-            _count(counts, counts, residency, held, demand)
+    for _, _, counts in _windows(sequences, window):
+        _count(counts, counts, residency, held, demand)
     return Coverage(*(held / demand).tolist())
 
 
@@ -136,11 +123,48 @@ class Utility(Fused):
 
 
 ESTIMATORS: dict[str, Make] = {
+    "moe-spac": Utility,
     "reference": Reference,
     "moving-average": MovingAverage,
-    "fused": Fused,
-    "utility": Utility,
 }
+
+
+def compare(
+    trace: Trace,
+    residency: float,
+    window: int = 5,
+    warm_on: Sequence[Trace] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, str | float]]:
+    """All estimators, and the bound, on ``trace``, after each has learned from ``warm_on``.
+
+    ``progress`` is told how many sequences of how many have been replayed.
+    """
+    judged, known = _sequences(trace), [each for other in warm_on for each in _sequences(other)]
+    total = len(ESTIMATORS) * (len(known) + len(judged)) + len(judged)
+    done = 0
+
+    def replayed(sequences: Sequences) -> Sequences:
+        nonlocal done
+        for each in sequences:
+            yield each
+            done += 1
+            progress(done, total)
+
+    found = {}
+    for name, make in ESTIMATORS.items():
+        estimator = make(trace.shape, residency)
+        warm(estimator, replayed(known), window)
+        found[name] = coverage(estimator, replayed(judged), residency, window)
+    found["known-next-window"] = bound(replayed(judged), residency, window)
+    return [
+        {"estimator": name, "coverage_tokens": share.tokens, "coverage_experts": share.experts}
+        for name, share in found.items()
+    ]
+
+
+def _sequences(trace: Trace) -> list[tuple[Trace, int]]:
+    return [(trace, sequence) for sequence in range(trace.sequences)]
 
 
 def _count(counts: Counts, order: NDArray, residency: float, held: NDArray, demand: NDArray) -> None:
@@ -150,12 +174,13 @@ def _count(counts: Counts, order: NDArray, residency: float, held: NDArray, dema
     demand += counts.sum(), np.count_nonzero(counts)
 
 
-def _windows(trace: RoutingTrace, sequence: int, size: int) -> Iterator[tuple[Window, Ids, Counts]]:
-    """The whole windows of a sequence: the window, its routing (layers, T, k) and its counts."""
-    shape = trace.shape
-    first = np.arange(shape.layers)[:, None, None] * shape.experts
-    begin, end = trace.offsets[sequence : sequence + 2].tolist()
-    for at in range(begin, end - size + 1, size):
-        routing = trace.routing[at : at + size].swapaxes(0, 1).astype(np.int64)
-        counts = np.bincount((routing + first).ravel(), minlength=shape.total)
-        yield Window(trace.tokens[at : at + size].astype(np.int64), drafted=size - 1), routing, counts
+def _windows(sequences: Sequences, size: int) -> Iterator[tuple[Window, Ids, Counts]]:
+    """The whole windows of each sequence: the window, its routing (layers, T, k) and its counts."""
+    for trace, sequence in sequences:
+        shape = trace.shape
+        first = np.arange(shape.layers)[:, None, None] * shape.experts
+        decoded = trace.decode_tokens(sequence)
+        for at in range(0, len(decoded.tokens) - size + 1, size):
+            routing = decoded.routing[at : at + size].swapaxes(0, 1)
+            counts = np.bincount((routing + first)[routing >= 0], minlength=shape.total)
+            yield Window(decoded.tokens[at : at + size], drafted=size - 1), routing, counts

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import moespac
-from moespac.cli import bench, chat, demo, evaluate, generate, prepare
+from moespac.cli import bench, chat, demo, evaluate, generate, prepare, profile, simulate, trace
 from moespac.errors import MoespacError
 
 # Typer carries its own click since 0.27 and stands on the package before; its errors share this ancestor.
@@ -51,7 +51,10 @@ app.command(rich_help_panel=_RUN)(chat.chat)
 app.command(rich_help_panel=_RUN)(demo.demo)
 app.command(rich_help_panel=_PREPARE)(prepare.pack)
 app.command(rich_help_panel=_PREPARE)(prepare.inflate)
+app.command(rich_help_panel=_MEASURE)(profile.profile)
+app.command(rich_help_panel=_MEASURE)(simulate.simulate)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
+app.add_typer(trace.app, name="trace", rich_help_panel=_MEASURE)
 app.add_typer(bench.app, name="bench", rich_help_panel=_MEASURE)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import exp
 from pathlib import Path
@@ -11,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 import moespac
+from moespac.cli.bars import counting
 from moespac.cli.files import read_text
 from moespac.cli.flags import MODEL, TEXT, MemoryFlags, Model
 from moespac.cli.spread import spread
@@ -79,16 +77,8 @@ def _measure(
         if context > engine.context:
             raise ConfigError(f"--context {context}: {name} takes {engine.context} tokens; give at most that")
         token_ids = engine.tokenizer.encode(words)[:max_tokens]
-        with _bar(name) as progress:
+        with counting(name) as progress:
             return _Result(name, token_ids, perplexity(engine.model, token_ids, context, progress))
-
-
-@contextmanager
-def _bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    columns = TextColumn(name, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(name)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _table(results: dict[str, _Result]) -> Table:

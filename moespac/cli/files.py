@@ -24,7 +24,7 @@ def read_text(source: Path, flag: str) -> str:
         raise ConfigError(f"{flag} {source}: is not UTF-8 text; convert it") from None
 
 
-class JsonFile:
+class ResultFile:
     """A place for a result. Making it checks the place, so that no work is done for nothing."""
 
     def __init__(self, file: Path, flag: str) -> None:
@@ -40,13 +40,21 @@ class JsonFile:
         except OSError as error:
             raise self._error(error) from None
 
-    def write(self, result: Any) -> None:
+    def write_bytes(self, data: bytes) -> None:
         """Replace the file as a whole."""
-        text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
         try:
-            write_atomically(self._file, text.encode("utf-8"))
+            write_atomically(self._file, data)
         except OSError as error:
             raise self._error(error) from None
 
     def _error(self, error: OSError) -> ConfigError:
         return ConfigError(f"{self._name}: cannot be written ({error.strerror}); name another place")
+
+
+class JsonFile(ResultFile):
+    """The same for what is written as JSON."""
+
+    def write(self, result: Any) -> None:
+        """Replace the file as a whole."""
+        text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+        self.write_bytes(text.encode("utf-8"))

@@ -126,7 +126,8 @@ class MoeSpacPolicy(Policy):
         victims = np.sort(value[present.ravel()])
         free = max(slots - len(victims), 0)
         absent = ~present if source is None else ~present & source
-        margin = self._config.utility.prefetch_margin
+        utility = self._config.utility
+        margin = utility.prefetch_margin if tier == "host" else utility.copy_margin
         if not free:
             absent = absent & held & (value.reshape(held.shape) > margin * victims[0])
         candidates = np.flatnonzero(absent)

@@ -6,6 +6,7 @@ import io
 import logging
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from moespac.atomic import write_atomically
 from moespac.policy.sensors import DemandSensor
 
 _LOG = logging.getLogger(__name__)
-_VERSION = 1
+_VERSION = 2
+_CONTEXT = "context_"  # before the names of its arrays
 
 
 def save(path: Path, sensor: DemandSensor, model: str) -> None:
@@ -21,16 +23,19 @@ def save(path: Path, sensor: DemandSensor, model: str) -> None:
 
     ``model`` names the checkpoint (its fingerprint); together with the shape it guards against mix-ups.
     """
+    arrays: dict[str, Any] = {
+        "key": _key(sensor, model),
+        "long_run": sensor.long_run,
+        "seen_tokens": sensor.tokens,
+        "tokens": sensor.table.tokens,
+        "sightings": sensor.table.sightings,
+        "frequencies": sensor.table.frequencies,
+        "pair_tokens": sensor.pairs.tokens,
+        "pair_routed": sensor.pairs.routed,
+    }
+    arrays |= {_CONTEXT + name: array for name, array in sensor.context.state().items()}
     content = io.BytesIO()
-    np.savez(
-        content,
-        key=_key(sensor, model),
-        long_run=sensor.long_run,
-        seen_tokens=sensor.tokens,
-        tokens=sensor.table.tokens,
-        sightings=sensor.table.sightings,
-        frequencies=sensor.table.frequencies,
-    )
+    np.savez(content, **arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.getvalue())
 
@@ -45,13 +50,15 @@ def load(path: Path, sensor: DemandSensor, model: str) -> bool:
             values = {name: stored[name] for name in stored.files}
         if str(values["key"]) != _key(sensor, model):
             raise ValueError(f"it was made for {values['key']}")
-        _check(values, sensor.shape.total)
+        _check(values, sensor)
         rate, tokens = values["long_run"].astype(np.float32), float(values["seen_tokens"])
         rows = (
             values["tokens"].astype(np.int64),
             values["sightings"].astype(np.float32),
             values["frequencies"],
         )
+        pairs = values["pair_tokens"].astype(np.int64), values["pair_routed"].astype(np.int64)
+        context = {name: values[_CONTEXT + name] for name in sensor.context.state()}
     except FileNotFoundError:
         return False  # the first run of this model
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -59,17 +66,26 @@ def load(path: Path, sensor: DemandSensor, model: str) -> bool:
         return False
     sensor.restart(rate, tokens)
     sensor.table.restore(*rows)
+    sensor.pairs.learn(*pairs)
+    sensor.context.restore(context)
     return True
 
 
-def _check(values: dict[str, np.ndarray], width: int) -> None:
-    rows = len(np.unique(values["tokens"]))
+def _check(values: dict[str, np.ndarray], sensor: DemandSensor) -> None:
+    width, routings = sensor.shape.total, sensor.shape.layers * sensor.shape.top_k
+    rows, pairs = len(np.unique(values["tokens"])), len(values["pair_tokens"])
     shapes = {"long_run": (width,), "tokens": (rows,), "sightings": (rows,), "frequencies": (rows, width)}
+    shapes |= {"pair_tokens": (pairs,), "pair_routed": (pairs, routings)}
+    shapes |= {_CONTEXT + name: array.shape for name, array in sensor.context.state().items()}
     for name, shape in shapes.items():
         if values[name].shape != shape:
             raise ValueError(f"{name} has shape {values[name].shape}, not {shape}")
-        if not np.isfinite(values[name]).all() or (values[name] < 0).any():
+        if not np.isfinite(values[name]).all():
             raise ValueError(f"{name} holds impossible values")
+    if min(values[name].min(initial=0) for name in ("sightings", "frequencies")) < 0:
+        raise ValueError("its token table holds impossible values")
+    if not ((values["pair_routed"] >= -1) & (values["pair_routed"] < width)).all():
+        raise ValueError("its pairs went to experts that are not there")
     if not (values["long_run"] > 0).all() or not values["seen_tokens"] > 0:
         raise ValueError("its rates are not positive")
 

@@ -11,10 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.config import SensorConfig
+from moespac.policy.context import Context, Features
+from moespac.policy.pairs import PairMemory
 from moespac.policy.token_table import TokenTable
 from moespac.types import Ids, ModelShape, Observation, Window
 
 Rates = NDArray[np.float32]  # (layers * experts,) expected routings per token, 0..1
+Chances = NDArray[np.float32]  # (T, layers * experts) the same, token by token
 
 _CHUNK = 64  # tokens learned at once: bounds the memory that a prefill takes
 
@@ -70,19 +73,24 @@ class RoutingRate:
 
 
 class DemandSensor:
-    """Fuses the sensors into one expected count per expert: moving average x token table / long-run rate."""
+    """Fuses the sensors into one expected count per expert: (token table, pairs) x recent / long-run rate, and what
+    the context adds."""
 
     def __init__(self, shape: ModelShape, config: SensorConfig) -> None:
         self.shape = shape
         self.acceptance = Acceptance(config)
         self.table = TokenTable(shape, config)
+        self.pairs = PairMemory(shape, config)
+        self.context = Context(shape, views=4, config=config.context)
         self._config = config
+        self._foreseen: tuple[Ids, Chances] | None = None  # the window expected last, and its tokens' demand
         self.restart(np.full(shape.total, shape.top_k / shape.experts, np.float32), config.rate_prior)
 
     def restart(self, rate: Rates, tokens: float) -> None:
         """Begin from a known long-run rate, learned over ``tokens`` tokens."""
         self.long_run = rate.copy()
         self.tokens = tokens
+        self._last = RoutingRate(rate, self._config.last_tokens)
         self._fast = RoutingRate(rate, self._config.fast_tokens)
         self._slow = RoutingRate(rate, self._config.slow_tokens)
 
@@ -94,15 +102,14 @@ class DemandSensor:
 
     def expected(self, window: Window) -> Expectation:
         """What ``window`` will need, by its tokens, the recent routing and the long-run rate."""
-        weights = self.acceptance.weights(window)
-        tokens, weights = window.tokens[-self._config.plan_tokens :], weights[-self._config.plan_tokens :]
-        chance = self.table.lookup(tokens, self.long_run)  # (T, layers * experts)
-        chance *= self.rate() / self.long_run
-        by_layer = chance.reshape(len(tokens), self.shape.layers, self.shape.experts)
-        for _ in range(2):  # what is clipped goes to the layer's other experts; a second round settles it
-            by_layer *= self.shape.top_k / by_layer.sum(axis=-1, keepdims=True)
-            np.minimum(chance, 1, out=chance)
-        return Expectation(weights @ chance, float(weights.sum()))
+        weights = self.acceptance.weights(window)[-self._config.plan_tokens :]
+        tokens = window.tokens[-self._config.plan_tokens :]
+        chances = self._chances(tokens)
+        self._foreseen = tokens, chances
+        total = weights.sum()
+        product = weights @ chances / total
+        per_token = self._to_top_k(self.context.correct(product, self._features(product)))
+        return Expectation(per_token * total, float(total))
 
     def observe(self, observation: Observation) -> None:
         """Learn from a pass; tokens after the accepted ones were no real demand and teach nothing."""
@@ -110,10 +117,38 @@ class DemandSensor:
         self.acceptance.observe(window.drafted, observation.accepted)
         kept = len(window.tokens) - window.drafted + observation.accepted
         routed = self._flat(observation.routing[:, :kept])  # (kept, layers * k)
-        self._fast.observe(routed, kept)
-        self._slow.observe(routed, kept)
+        self._compare(window.tokens, routed)
+        for average in (self._last, self._fast, self._slow):
+            average.observe(routed, kept)
         for start in range(0, kept, _CHUNK):
             self._learn(window.tokens[start : min(start + _CHUNK, kept)], routed[start : start + _CHUNK])
+        self.pairs.learn(window.tokens[:kept], routed)
+
+    def _chances(self, tokens: Ids) -> Chances:
+        """What each of the ``tokens`` to come is expected to need."""
+        chances = self.pairs.blend(self.table.lookup(tokens, self.long_run), tokens)
+        chances *= self.rate() / self.long_run
+        return self._to_top_k(chances)
+
+    def _to_top_k(self, rates: NDArray[np.float32]) -> NDArray[np.float32]:
+        """``rates`` (..., layers * experts), at most 1 each and (nearly) top-k in each layer."""
+        by_layer = rates.reshape(-1, self.shape.layers, self.shape.experts)
+        for _ in range(2):  # what is clipped goes to the layer's other experts; a second round settles it
+            by_layer *= self.shape.top_k / by_layer.sum(axis=-1, keepdims=True)
+            np.minimum(by_layer, 1, out=by_layer)
+        return rates
+
+    def _features(self, product: Rates) -> Features:
+        return self.context.features(product, self._last.rate, self._fast.rate, self._slow.rate)
+
+    def _compare(self, tokens: Ids, routed: Ids) -> None:
+        """Show the context what was expected of the window that has run, and what came."""
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is None or not np.array_equal(foreseen[0], tokens):
+            return  # nobody planned this pass, or it is a long prefill
+        product = foreseen[1][: len(routed)].mean(axis=0)
+        true = _tally(routed, self.shape.total) / np.float32(len(routed))
+        self.context.learn(self._features(product), product, true, len(routed))
 
     def _learn(self, tokens: Ids, routed: Ids) -> None:
         distinct, row, times = np.unique(tokens, return_inverse=True, return_counts=True)

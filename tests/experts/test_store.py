@@ -89,7 +89,7 @@ def test_without_direct_reads_the_page_cache_serves(
         return real_open(path, flags, *args)
 
     monkeypatch.setattr(os, "open", refuse_direct)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="moespac"):
         store = PackedStore(packed)
     assert not store.direct and "buffered" in store.describe()
     assert len([record for record in caplog.records if "page cache" in record.message]) == 1

@@ -16,6 +16,10 @@ from tests.policy.small import SHAPE, routing
 def _taught() -> DemandSensor:
     sensor, rng = DemandSensor(SHAPE, SensorConfig()), np.random.default_rng(5)
     sensor.observe(Observation(Window(rng.integers(0, 20, 300)), routing(300, rng), 0))
+    for _ in range(SensorConfig().context.block):
+        window = Window(rng.integers(0, 20, 5))
+        sensor.expected(window)
+        sensor.observe(Observation(window, routing(5, rng), 0))
     return sensor
 
 
@@ -32,6 +36,11 @@ def test_a_profile_brings_back_what_was_learned(tmp_path: Path) -> None:
     stored = dict(zip(taught.table.tokens.tolist(), taught.table.frequencies, strict=True))
     for token, row in zip(fresh.table.tokens.tolist(), fresh.table.frequencies, strict=True):
         np.testing.assert_array_equal(row, stored[token])
+    np.testing.assert_array_equal(fresh.pairs.tokens, taught.pairs.tokens)
+    np.testing.assert_array_equal(fresh.pairs.routed, taught.pairs.routed)
+    for name, array in taught.context.state().items():
+        assert array.any(), "nothing was learned that could get lost"
+        np.testing.assert_array_equal(fresh.context.state()[name], array)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["p.npz"], "nothing else is left behind"
 
 
@@ -49,7 +58,7 @@ def test_a_missing_profile_is_no_news(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize(
-    "harm", ["empty", "text", "cut", "flipped", "other model", "other shape", "nan", "a folder"]
+    "harm", ["empty", "text", "cut", "flipped", "other model", "other shape", "nan", "bad pair", "a folder"]
 )
 def test_a_profile_that_cannot_be_used_is_a_warning(
     tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
@@ -57,6 +66,8 @@ def test_a_profile_that_cannot_be_used_is_a_warning(
     file, sensor = tmp_path / "p.npz", _taught()
     if harm == "nan":
         sensor.long_run[3] = np.nan
+    if harm == "bad pair":
+        sensor.pairs.learn(np.array([1]), np.full((1, 6), SHAPE.total))
     if harm == "other shape":
         sensor = DemandSensor(ModelShape(2, 8, 2, 1), SensorConfig())
     profile.save(file, sensor, "other" if harm == "other model" else "")
@@ -74,4 +85,4 @@ def test_a_profile_that_cannot_be_used_is_a_warning(
         assert not profile.load(file, fresh, "")
     assert "ignored" in caplog.text
     np.testing.assert_array_equal(fresh.long_run, _fresh().long_run)
-    assert len(fresh.table) == 0
+    assert len(fresh.table) == len(fresh.pairs.tokens) == 0

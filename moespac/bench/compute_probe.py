@@ -1,0 +1,125 @@
+"""What the host's cores reach: reading memory, running an expert, and getting through a layer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import cycle
+
+import numpy as np
+import torch
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from moespac.config import MeasureConfig
+from moespac.engine.build import DEMO, load
+from moespac.engine.summary import Summary
+from moespac.experts.compute import ExpertMath
+from moespac.experts.format import packed_layout
+from moespac.model.index import ExpertTensor
+from moespac.sim.shapes import read_model
+
+_TINY = 64  # hidden size and width of an expert whose arithmetic takes no time
+_COUNTED_ELSEWHERE = ("host_experts", "wait_for_experts")  # causes of seconds
+
+
+class ExpertProbe:
+    """A SwiGLU expert as the engine runs it: its own mathematics on its own records."""
+
+    def __init__(self, hidden: int, width: int, format: str, nbytes: int, device: str = "cpu") -> None:
+        """``nbytes`` of equal records take turns: more than any cache holds, so each is read from memory."""
+        config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=width, num_experts=1)
+        with torch.device("meta"):
+            prototype = Qwen3MoeExperts(config)
+        shapes = {"gate_up_proj": (2 * width, hidden), "down_proj": (hidden, width)}
+        layout = packed_layout(
+            [ExpertTensor(name, shape, torch.bfloat16, False) for name, shape in shapes.items()], format
+        )
+        record = torch.empty(layout.nbytes, dtype=torch.uint8)
+        generator = torch.Generator().manual_seed(0)
+        layout.encode(
+            {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, record
+        )
+        self.hidden = hidden
+        self._math = ExpertMath(prototype, layout)
+        self._records = cycle([record.to(device, copy=True) for _ in range(-(-nbytes // layout.nbytes))])
+
+    @torch.no_grad()
+    def run(self, x: torch.Tensor) -> torch.Tensor:
+        """x (M, hidden) -> (M, hidden), through the record whose turn it is."""
+        return self._math(x, next(self._records), None)
+
+
+def memory_bandwidth(threads: int, config: MeasureConfig) -> float:
+    """Bytes/s at which ``threads`` read memory together, each its own part."""
+    parts = np.array_split(np.ones(config.memory_bytes // 8, np.int64), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        spent = typical_seconds(lambda: list(pool.map(np.bitwise_or.reduce, parts)), config.repeats)
+    return config.memory_bytes / spent
+
+
+def host_expert_seconds(
+    formats: Sequence[str], config: MeasureConfig, advance: Callable[[], None]
+) -> dict[str, dict[int, float]]:
+    """Seconds of one expert in float32, the engine's choice on a CPU, by record format and tokens.
+
+    Everything takes one turn in each round, so that a busy second of the machine is one sample of each and not all
+    samples of one. ``advance`` is called after each of ``repeats`` + 1 rounds; the first does not count.
+    """
+    hidden, width = config.expert_hidden, config.expert_width
+    probes = {format: ExpertProbe(hidden, width, format, config.records_bytes) for format in formats}
+    inputs = {tokens: torch.ones(tokens, hidden) for tokens in config.expert_tokens}
+    rounds = []
+    for _ in range(config.repeats + 1):
+        rounds.append({(f, n): seconds(partial(probes[f].run, inputs[n])) for f in formats for n in inputs})
+        advance()
+    return {f: {n: typical([spent[f, n] for spent in rounds[1:]]) for n in inputs} for f in formats}
+
+
+def expert_overhead(config: MeasureConfig) -> float:
+    """Seconds of an expert on the host whose arithmetic takes no time."""
+    probe = ExpertProbe(_TINY, _TINY, "f32", nbytes=1)
+    x = torch.ones(1, _TINY)
+    return typical_seconds(lambda: probe.run(x), 100 * config.repeats)  # some microseconds each
+
+
+def layer_overhead(bandwidth: float, config: MeasureConfig) -> float:
+    """Seconds that a layer of the embedded model takes besides reading weights, in decode passes.
+
+    Its experts are all in memory and its trunk is small: what is left is attention's calls, routing, deciding and
+    joining. ``bandwidth`` (bytes/s) says what reading the trunk took.
+    """
+    with load(draft="none", host_memory="100%", profile=None) as engine:
+        summaries = [
+            engine.generate("The", max_new_tokens=config.decode_tokens, temperature=1.0).summary
+            for _ in range(config.repeats + 1)
+        ]
+    model = read_model(DEMO / "target", "f32")
+    per_pass = typical([_overhead(summary) for summary in summaries[1:]]) - model.trunk_bytes / bandwidth
+    return max(0.0, per_pass) / model.layers
+
+
+def typical_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Of ``repeats`` runs, after one that does not count."""
+    work()
+    return typical([seconds(work) for _ in range(repeats)])
+
+
+def typical(samples: list[float]) -> float:
+    """The lower quartile: other users of the machine make slow samples, and a single fast one may be luck."""
+    return sorted(samples)[len(samples) // 4]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long ``work`` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _overhead(summary: Summary) -> float:
+    """Seconds of a decode pass that are neither experts nor waiting for them."""
+    spent = summary.seconds["total"] - summary.seconds["prefill"]
+    return (spent - sum(summary.seconds.get(cause, 0.0) for cause in _COUNTED_ELSEWHERE)) / summary.passes

@@ -1,0 +1,127 @@
+"""How fast a directory's disk reads whole records from random places, by size and reads in flight."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from moespac.atomic import write_all
+from moespac.config import MeasureConfig
+from moespac.errors import ConfigError
+
+_FILL = 16 << 20  # bytes written at once
+
+
+@dataclass(frozen=True)
+class StorageSpeed:
+    """Read bandwidth, bytes/s, by (block bytes, reads in flight)."""
+
+    rates: dict[tuple[int, int], float]
+    direct: bool  # past the page cache; False where the file system refuses, and figures may be the cache's
+
+
+@dataclass(frozen=True)
+class StorageModel:
+    """The three figures of a hardware profile."""
+
+    bandwidth: float
+    latency: float
+    depth: int
+
+
+def measure_storage(directory: Path, config: MeasureConfig, advance: Callable[[], None]) -> StorageSpeed:
+    """Read a temporary file in ``directory``; ``advance`` is called after each of its measurements.
+
+    The file has no name: whatever happens to this process, nothing stays. Raises ConfigError when ``directory``
+    cannot take it.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            _fill(file.fileno(), config.storage_bytes)
+            return _measure(file.fileno(), config, advance)
+    except OSError as error:
+        raise ConfigError(
+            f"--directory {directory}: cannot hold {config.storage_bytes >> 20} MiB to read ({error.strerror});"
+            " name another place"
+        ) from None
+
+
+def fit_storage(rates: dict[tuple[int, int], float], slack: float) -> StorageModel:
+    """Bandwidth, latency and depth that explain the measured rates (see ``StorageSpeed``).
+
+    The depth is the least whose rate, in the median over block sizes, is within ``slack`` of the best. A single
+    read takes its latency and then its bytes at the full bandwidth; so the latency follows from the rate at the
+    least depth.
+    """
+    blocks, depths = ({key[i] for key in rates} for i in (0, 1))
+    typical = {depth: median(rates[block, depth] for block in blocks) for depth in sorted(depths)}
+    best = max(typical.values())
+    depth = next(depth for depth, rate in typical.items() if rate * slack >= best)
+    alone = min(depths)
+    waits = (block * alone / rates[block, alone] - block * alone / typical[depth] for block in blocks)
+    return StorageModel(typical[depth], max(0.0, median(waits)), depth)
+
+
+def _fill(fd: int, nbytes: int) -> None:
+    """With bytes that no disk can compress, written through to the disk."""
+    rng = np.random.default_rng(0)
+    for at in range(0, nbytes, _FILL):
+        write_all(fd, rng.bytes(min(_FILL, nbytes - at)))
+    os.fsync(fd)
+
+
+def _measure(fd: int, config: MeasureConfig, advance: Callable[[], None]) -> StorageSpeed:
+    direct_fd = _reopen_direct(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    rates = {}
+    try:
+        for block in config.block_bytes:
+            for depth in config.depths:
+                rates[block, depth] = _read_rate(fd if direct_fd is None else direct_fd, block, depth, config)
+                advance()
+    finally:
+        if direct_fd is not None:
+            os.close(direct_fd)
+    return StorageSpeed(rates, direct=direct_fd is not None)
+
+
+def _reopen_direct(fd: int) -> int | None:
+    """The same file past the page cache, or None where its file system refuses."""
+    try:
+        direct_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return None
+    try:
+        with mmap.mmap(-1, mmap.PAGESIZE) as page:  # some file systems refuse at the first read only
+            os.preadv(direct_fd, [page], 0)
+    except OSError:
+        os.close(direct_fd)
+        return None
+    return direct_fd
+
+
+def _read_rate(fd: int, block: int, depth: int, config: MeasureConfig) -> float:
+    """Bytes/s of ``depth`` threads that read random blocks for ``storage_seconds``."""
+    start = time.perf_counter()
+    deadline = start + config.storage_seconds
+
+    def read(thread: int) -> int:
+        places = np.random.default_rng([block, depth, thread])
+        done = 0
+        with mmap.mmap(-1, block) as buffer:  # starts at a page, as direct reads must
+            while time.perf_counter() < deadline:
+                done += os.preadv(fd, [buffer], int(places.integers(config.storage_bytes // block)) * block)
+        return done
+
+    with ThreadPoolExecutor(depth) as pool:
+        done = sum(pool.map(read, range(depth)))
+    return done / (time.perf_counter() - start)

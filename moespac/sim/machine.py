@@ -1,0 +1,127 @@
+"""A hardware profile at work in virtual time: it implements ``schedule.ports``, so that the engine's own schedule
+runs over it.
+
+- Storage: ``MemoryConfig.readers`` reads at once; each waits the latency, then all that are in flight share the
+  bandwidth.
+- Link: one copy at a time.
+- Host: one expert at a time, on all cores, in the deciding thread, as the engine does it.
+- The host's memory is shared by the host's experts and the copies that read from it; reads from storage write to
+  it too, at a rate that is small beside it and left out.
+- Accelerator: one job after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache, partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moespac.config import MemoryConfig
+from moespac.sim.clock import Action, SharedResource, VirtualBell, VirtualClock
+from moespac.sim.hardware import HardwareProfile
+from moespac.sim.shapes import SimModel
+from moespac.sim.timeline import Record
+from moespac.sim.workers import Job, VirtualTicket, VirtualWorkers
+
+_HOST, _LINK, _STORAGE, _ACCELERATOR = "host", "link", "storage", "accelerator"
+
+
+class Machine:
+    """One machine that runs one model. Lanes of its timeline: host, accelerator, link, storage 1, 2 ..."""
+
+    def __init__(
+        self, hardware: HardwareProfile, model: SimModel, config: MemoryConfig, record: Record
+    ) -> None:
+        self.clock = clock = VirtualClock()
+        self.bell = bell = VirtualBell(clock)
+        self.record = record
+        self.expert_host_seconds = cache(partial(hardware.expert_host_seconds, model))
+        self.expert_accelerator_seconds = cache(partial(hardware.expert_accelerator_seconds, model))
+        self._hardware = hardware
+        self._model = model
+        self._host_memory = SharedResource(clock, self._memory_speed)
+        self._storage = SharedResource(clock, lambda user, users: 1 / len(users))
+        self._rates = hardware.rates_together()
+        self._dense_lane = _ACCELERATOR if hardware.has_accelerator else _HOST
+
+        readers = config.readers if config.asynchronous else 0
+        single = 1 if config.asynchronous else 0
+        self.reader = VirtualMover(
+            VirtualWorkers(_STORAGE, readers, clock, bell, record), self._read, model.experts
+        )
+        self.link = VirtualMover(
+            VirtualWorkers(_LINK, single, clock, bell, record), self._copy, model.experts
+        )
+        self.jobs = VirtualWorkers(_ACCELERATOR, single, clock, bell, record)
+
+    def run_dense(self, name: str, seconds: float) -> None:
+        """Trunk or draft model: the deciding thread waits for it."""
+        self.record(self._dense_lane, name, self.clock.now(), seconds)
+        self.clock.sleep(seconds)
+
+    def run_on_host(self, name: str, seconds: float) -> float:
+        """One expert that takes ``seconds`` while it has the host's memory to itself; returns what it takes."""
+        start = self.clock.now()
+        spent = self.clock.wait_for(lambda done: self._host_memory.work(_HOST, seconds, done))
+        self.record(_HOST, name, start, spent)
+        return spent
+
+    def _read(self, done: Action) -> None:
+        latency = self._hardware.storage_latency
+        seconds = self._hardware.storage_seconds(self._model.expert_bytes) - latency
+        self.clock.after(latency, lambda: self._storage.work(_STORAGE, seconds, done))
+
+    def _copy(self, done: Action) -> None:
+        latency = self._hardware.link_latency
+        seconds = self._hardware.link_seconds(self._model.expert_bytes) - latency
+        self.clock.after(latency, lambda: self._host_memory.work(_LINK, seconds, done))
+
+    def _memory_speed(self, user: str, users: Sequence[str]) -> float:
+        """Never more than one of either: host experts and copies each come one at a time."""
+        if len(users) == 1:
+            return 1.0
+        return self._rates.host if user == _HOST else self._rates.link
+
+
+class VirtualMover:
+    """``schedule.ports.Mover``: each transfer takes the time that ``transfer`` takes."""
+
+    def __init__(self, workers: VirtualWorkers, transfer: Job, experts: int) -> None:
+        self._workers = workers
+        self._transfer = transfer
+        self._experts = experts
+
+    def move(self, expert: int, slot: int, source_slot: int | None, speculative: bool) -> VirtualTicket:
+        return self._workers.submit(_name(expert, self._experts), self._transfer, speculative)
+
+    def close(self) -> None:
+        """Virtual workers need no stopping."""
+
+
+class LayerDevices:
+    """``schedule.ports.Devices`` for one layer in one pass; ``counts`` (experts,) tokens of each."""
+
+    def __init__(self, machine: Machine, counts: NDArray[np.int64], first_id: int) -> None:
+        self._machine = machine
+        self._counts = counts
+        self._first_id = first_id
+
+    def compute_on_host(self, expert: int, slot: int) -> float:
+        seconds = self._machine.expert_host_seconds(self._tokens(expert))
+        return self._machine.run_on_host(_name(expert, len(self._counts)), seconds)
+
+    def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> VirtualTicket:
+        machine = self._machine
+        seconds = sum(machine.expert_accelerator_seconds(self._tokens(expert)) for expert in experts)
+        name = " ".join(_name(expert, len(self._counts)) for expert in experts)
+        return machine.jobs.submit(name, lambda done: machine.clock.after(seconds, done))
+
+    def _tokens(self, expert: int) -> int:
+        return int(self._counts[expert - self._first_id])
+
+
+def _name(expert: int, experts: int) -> str:
+    """Layer and expert, as a timeline shows them."""
+    return "{}.{}".format(*divmod(expert, experts))
