@@ -79,7 +79,9 @@ def test_all_policies_are_simulated_and_written(trace: Path, tmp_path: Path) -> 
 
 def test_some_policies_some_sequences(trace: Path, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
-    result = simulate(trace, "--policies", "lru, llama.cpp,lru", "--sequences", 1, "--draft", "none", "--json", file)
+    result = simulate(
+        trace, "--policies", "lru, llama.cpp,lru", "--sequences", 1, "--draft", "none", "--json", file
+    )
     assert result.exit_code == 0, result.output
     lru, llama = json.loads(file.read_text())
     assert (lru["policy"], llama["policy"]) == ("lru", "llama.cpp")
@@ -158,7 +160,9 @@ def test_the_papers_table(trace: Path, tmp_path: Path) -> None:
     speeds = {name: row["tokens_per_second"] for name, row in rows.items()}
     ours, best = speeds["moe-spac"], table["best_speculative"]
     assert table["over_best_speculative"] == pytest.approx(ours / speeds[best])
-    assert speeds[best] == max(speeds[name] for name in ("llama.cpp+sd", "sp-moe", "specter", "lru", "lfu", "arc"))
+    assert speeds[best] == max(
+        speeds[name] for name in ("llama.cpp+sd", "sp-moe", "specter", "lru", "lfu", "arc")
+    )
     assert table["share_of_bound"] == pytest.approx(ours / speeds["belady"])
     for words in ("mt_bench", "humaneval", "25.06", "17.66", "15.23", "12.15", "1.42", "4.04", "█"):
         assert words in result.stdout
