@@ -205,6 +205,42 @@ def test_sensors_are_served_in_time() -> None:
     assert not [call for call in policy.calls if "suggests" in call]  # no drafter, no hidden states
 
 
+class Clairvoyant(Scripted):
+    """Keeps what it is told and what comes."""
+
+    name = "clairvoyant"
+    sensors = frozenset({Sensor.FUTURE})
+
+    def reveal(self, passes) -> None:
+        self.told = list(passes)
+        self.seen: list[np.ndarray] = []
+
+    def observe(self, observation) -> None:
+        self.seen.append(observation.routing)
+
+
+@pytest.mark.parametrize("window", [0, 3])
+def test_the_future_is_what_comes(window: int) -> None:
+    policy = Clairvoyant(SETTING.capacity, [])
+    run(policy, random_trace(50, sequences=2), replace(SETTING, window=window), [1, 0])
+    assert len(policy.told) == len(policy.seen) > 15
+    for told, seen in zip(policy.told, policy.seen, strict=True):
+        np.testing.assert_array_equal(told, seen)
+
+
+def test_transfers_end_before_the_next_text_begins() -> None:
+    text = [[[0, 1], [0, 1]]] * 2
+    last = Placement(ids(4, 5), prefetch=Plan(accelerator=ids(0, 1)))
+    placements = [Placement(ids(0, 1)), Placement(ids(4, 5)), Placement(ids(0, 1)), last]
+    timeline = Timeline()
+    setting = replace(SETTING, window=0)
+    run(Scripted(setting.capacity, placements), decoded([text, text]), setting, [0, 1], timeline.record)
+    copies = [event.start + event.duration for event in timeline.events if event.lane == "link"]
+    assert len(copies) == 2
+    begins = [event.start for event in timeline.events if event.name == "layer 0"]
+    assert begins[2] == pytest.approx(max(copies))  # the second text's prompt; each text has two passes
+
+
 def test_a_guess_is_as_accurate_as_stated() -> None:
     rng = np.random.default_rng(0)
     routing = rng.random((3, 2000, 16)).argsort(axis=-1)[..., :1]
