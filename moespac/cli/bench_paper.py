@@ -60,6 +60,7 @@ def paper(
 
     from moespac.bench import paper as bench
     from moespac.cli.simulate import processes
+    from moespac.config import SimulationConfig
     from moespac.sim.capacity import capacity_of
     from moespac.sim.hardware import find_profile
     from moespac.sim.shapes import find_model
@@ -71,7 +72,8 @@ def paper(
     file = JsonFile(json, "--json") if json else None
     hardware = find_profile(bench.HARDWARE)
     model = find_model(model_shape or ("gpt-oss-20b-f16" if trace else "qwen3-30b-a3b-f16"))
-    routing = load(trace) if trace else bench.synthetic_trace(model, tokens, draw.seed)
+    prompt = SimulationConfig().prompt_tokens
+    routing = load(trace) if trace else bench.synthetic_trace(model, tokens + prompt, draw.seed)
     check_fit(routing, model)
     console, found = Console(), []
     for text, share in shares.items():
@@ -106,6 +108,7 @@ def paper(
 
 
 def _table(rows: Sequence[Row], title: str) -> Table:
+    from rich.console import Console
     from rich.table import Table
 
     from moespac.bench.paper import PUBLISHED
@@ -113,12 +116,14 @@ def _table(rows: Sequence[Row], title: str) -> Table:
 
     table = Table(title=title, title_justify="left")
     table.add_column("policy", no_wrap=True)
-    for column in (*rows[0].results, "mean", "paper"):
+    texts = list(rows[0].results)
+    wide = Console().width >= 2 * _BAR + 12 * len(texts)  # else the means alone; --json has all texts
+    for column in (*(texts if wide else ()), "mean", "paper"):
         table.add_column(column, justify="right")
     table.add_column("", min_width=_BAR, no_wrap=True)
     fastest = max(row.speed for row in rows)
     for row in rows:
-        speeds = (f"{result.tokens_per_second:.1f}" for result in row.results.values())
+        speeds = [f"{result.tokens_per_second:.1f}" for result in row.results.values()] if wide else []
         bar = "█" * max(round(_BAR * row.speed / fastest), 1)
         table.add_row(row.name, *speeds, f"{row.speed:.2f}", figure(PUBLISHED.get(row.name), ".2f"), bar)
     return table
