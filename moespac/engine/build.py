@@ -19,6 +19,8 @@ from moespac.errors import ConfigError
 from moespac.experts.accelerator import Accelerator
 from moespac.experts.budget import available_device_bytes, available_host_bytes, is_none, slots_for
 from moespac.experts.compute import ExpertMath
+from moespac.experts.devices import Computers
+from moespac.experts.kernels import HostKernel
 from moespac.experts.manifest import is_pack
 from moespac.experts.movers import LinkCopier, StorageReader, host_arena
 from moespac.experts.runtime import ExpertRuntime
@@ -140,9 +142,11 @@ def _build_runtime(
         accelerator = Accelerator(device, capacity.accelerator, shape.record_bytes, bell, memory.asynchronous)
         link = LinkCopier(accelerator, arena)
     tiers = ExpertMemory(shape, capacity, reader, link, memory, policy.costs, bell)
-    math = ExpertMath(next(iter(skeleton.experts.values())), store.layout)
-    clock = PassClock(time.perf_counter)
-    return ExpertRuntime(store, tiers, policy, math, arena, accelerator, routers, clock)
+    prototype, threads = next(iter(skeleton.experts.values())), torch.get_num_threads()
+    kernel = HostKernel.build(prototype, store.layout, threads)
+    math = ExpertMath(prototype, store.layout)
+    computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1)
+    return ExpertRuntime(store, tiers, policy, computers, routers, PassClock(time.perf_counter))
 
 
 def _capacity(memory: MemoryConfig, shape: ModelShape, device: torch.device) -> Capacity:

@@ -8,6 +8,7 @@ of other sources is never taken for the present one.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -31,6 +32,10 @@ _VARIANTS: dict[str, dict[str, list[str]]] = {
     "x86_64": {"AVX2": ["-mavx2", "-mfma", "-mf16c"], "AVX512": _AVX512.split()},
     "aarch64": {"NEON": []},
 }
+
+
+_ONCE = ("api", "decoder", "pool")
+_FOR_EACH = ("expert", "attention")  # sources compiled for each instruction set
 
 
 class CompileError(Exception):
@@ -63,10 +68,10 @@ def compile_library(directory: Path) -> Path:
 
 def _objects(compiler: list[str], scratch: Path) -> list[str]:
     """Compile all sources, the arithmetic once for each instruction set; their object files."""
-    units: list[tuple[Path, str, list[str]]] = [(SOURCES / f"{name}.c", name, []) for name in ("api", "pool")]
-    units.append((SOURCES / "expert.c", "portable", []))
-    for variant, flags in _VARIANTS.get(_machine(), {}).items():
-        units.append((SOURCES / "expert.c", variant, [f"-DMOESPAC_{variant}", *flags]))
+    units: list[tuple[Path, str, list[str]]] = [(SOURCES / f"{name}.c", name, []) for name in _ONCE]
+    variants = {"portable": [], **_VARIANTS.get(_machine(), {})}
+    for name, (variant, flags) in itertools.product(_FOR_EACH, variants.items()):
+        units.append((SOURCES / f"{name}.c", f"{name}-{variant}", [f"-DMOESPAC_{variant}", *flags]))
 
     def compile_unit(source: Path, name: str, flags: list[str]) -> None:
         _run([*compiler, *_FLAGS, *flags, "-c", str(source), "-o", str(scratch / f"{name}.o")])

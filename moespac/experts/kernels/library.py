@@ -46,6 +46,32 @@ class Expert(ctypes.Structure):
     _fields_ = [("up", Matrix), ("down", Matrix), ("gate", Gate)]
 
 
+class Weights(ctypes.Structure):
+    """``Weights`` of decoder.c: a matrix, and the address that its offsets count from."""
+
+    _fields_ = [("matrix", Matrix), ("base", ctypes.c_void_p)]
+
+
+class DecoderLayer(ctypes.Structure):
+    """``Layer`` of decoder.c."""
+
+    _fields_ = [
+        *((name, Weights) for name in ("qkv", "out", "up", "down")),
+        ("gate", Gate),
+        *((name, ctypes.c_void_p) for name in ("before", "between", "q_norm", "k_norm")),
+        ("whole_norms", ctypes.c_int64),
+    ]
+
+
+class DecoderShape(ctypes.Structure):
+    """``Shape`` of decoder.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("hidden", "heads", "groups", "width", "padded")),
+        *((name, ctypes.c_float) for name in ("epsilon", "scale")),
+    ]
+
+
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_isa": (ctypes.c_char_p, [ctypes.c_char_p]),
@@ -57,6 +83,13 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         ctypes.c_int,
         [*(_POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _INT64), *[_POINTER] * 6],
     ),
+    "moespac_decoder_new": (_POINTER, [_POINTER, ctypes.c_int, ctypes.c_char_p]),
+    "moespac_decoder_free": (None, [_POINTER]),
+    "moespac_decoder_layer": (
+        ctypes.c_int,
+        [*[_POINTER] * 4, ctypes.c_int, _POINTER, _INT64, _INT64, *[_POINTER] * 3],
+    ),
+    "moespac_decoder_head": (ctypes.c_int, [*[_POINTER] * 5, ctypes.c_int, _POINTER]),
 }
 
 

@@ -6,9 +6,8 @@
 #include <time.h>
 
 #include "kernels.h"
+#include "memory.h"
 #include "pool.h"
-
-#define EXPORT __attribute__((visibility("default")))
 
 /* ---- instruction sets ------------------------------------------------------------------------------------------- */
 
@@ -26,8 +25,7 @@ static int machine_has(const Isa *isa) {
     return 1;
 }
 
-/* The fastest that the machine has, or the one called `name`; NULL when the machine lacks it. */
-static const Isa *find_isa(const char *name) {
+const Isa *find_isa(const char *name) {
     static const Isa *const isas[] = {
 #if defined(__x86_64__)
         &isa_avx512, &isa_avx2,
@@ -91,20 +89,6 @@ typedef struct {
     const int64_t *slots, *rows;
     float *out;
 } Call;
-
-static void *allocate(size_t bytes) {
-    void *memory = NULL;
-    return posix_memalign(&memory, 64, bytes ? bytes : 64) == 0 ? memory : NULL;
-}
-
-/* Make room for `bytes`; what was there is lost. Returns whether there is room. */
-static int reserve(void **memory, size_t *capacity, size_t bytes) {
-    if (bytes <= *capacity) return 1;
-    free(*memory);
-    *memory = allocate(bytes);
-    *capacity = *memory ? bytes : 0;
-    return *memory != NULL;
-}
 
 EXPORT void moespac_kernel_free(Kernel *kernel) {
     if (kernel->pool) pool_free(kernel->pool);

@@ -52,6 +52,9 @@ typedef struct {
     int64_t (*read)(const char *bytes, int64_t n);
 } Isa;
 
+/* The fastest that the machine has, or the one called `name`; NULL when the machine lacks it. */
+const Isa *find_isa(const char *name);
+
 extern const Isa isa_portable;
 #if defined(__x86_64__)
 extern const Isa isa_avx2, isa_avx512;
