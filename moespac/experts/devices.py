@@ -18,6 +18,7 @@ from moespac.experts.accelerator import Accelerator
 from moespac.experts.compute import ExpertMath
 from moespac.experts.kernels import HostKernel
 from moespac.experts.workers import Ticket
+from moespac.timeline import expert_name
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ class LayerTensors:
                 rows, y = self._expert(expert - self._first_id, self._x, accelerator.arena[slot])
                 self._out_device[rows.to(y.device)] = y.to(self._out_device.dtype)
 
-        return accelerator.compute(job)
+        name = " ".join(expert_name(expert, len(self._groups.counts)) for expert in experts)
+        return accelerator.compute(name, job)
 
     def _compute_in_kernel(
         self, kernel: HostKernel, experts: NDArray[np.int64], slots: NDArray[np.int64]

@@ -12,6 +12,8 @@ T tokens of a window, L in the cache before them, H heads, G key and value heads
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +33,12 @@ from moespac.experts.kernels.library import DecoderShape
 
 log = logging.getLogger(__name__)
 
-_CHECKED = ((0, 40), (40, 41), (41, 46), (46, 80))  # a prompt, a token, a window, a prompt's rest: all ways there are
+_CHECKED = (
+    (0, 40),
+    (40, 41),
+    (41, 46),
+    (46, 80),
+)  # a prompt, a token, a window, more prompt: all ways there are
 _TOLERANCE = {torch.float32: 1e-3}  # of the logits' spread; rounding differs by some 1e-5
 _COARSE = 0.05  # in 16 bits
 _LEAST_ROOM = 256  # tokens that a cache begins with: doubling from there, a long answer copies it few times
@@ -148,6 +155,7 @@ class _Layer:
         parts = qk.split([self._heads, self._groups], dim=1)
         normed = []
         for part, norm in zip(parts, self._norms, strict=True):
+            assert norm is not None
             whole = norm.weight.numel() != self._width
             normed.append(_normed(part.flatten(1) if whole else part, norm).view(part.shape))
         return torch.cat(normed, dim=1)
@@ -176,7 +184,7 @@ class LeanTrunk:
         return LeanCache(len(self._layers), self._groups, padded, self._embedding)
 
     def __call__(self, tokens: torch.Tensor, cache: LeanCache, keep: int) -> torch.Tensor:
-        """Token ids (T,), which join the cache -> logits (keep, vocabulary) of the last ``keep``, float32, on the CPU."""
+        """As ``trunk.Trunk``."""
         start, count = cache.length, len(tokens)
         store, rotary = cache.reserve(count), self._rotary.at(start, start + count)
         x = F.embedding(tokens.to(self._embedding.device), self._embedding)
@@ -212,9 +220,10 @@ class LeanTrunk:
         keep: int,
     ) -> torch.Tensor:
         block: torch.Tensor | None = None
-        for number, layer in enumerate(self._layers):
-            normed = native.layer(number, x, block, store[number], start, rotary)
-            block = None if normed is None else layer.block(normed[None])[0].contiguous()
+        with _one_torch_thread():
+            for number, layer in enumerate(self._layers):
+                normed = native.layer(number, x, block, store[number], start, rotary)
+                block = None if normed is None else layer.block(normed[None])[0].contiguous()
         return native.head(x[-keep:], None if block is None else block[-keep:])
 
     def _native_decoder(self, threads: int) -> NativeDecoder | None:
@@ -229,6 +238,17 @@ class LeanTrunk:
         except NotServed as reason:
             log.info("the trunk runs in torch: %s", reason)
             return None
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """What is left to torch here is small; its threads would wait for one another, and for cores that read."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()
@@ -258,7 +278,8 @@ def _has_the_parts(model: Any) -> bool:
     body = getattr(model, "model", None)
     if not isinstance(model, nn.Module) or not isinstance(body, nn.Module):
         return False
-    config = model.config.get_text_config()
+    config: Any = model.config
+    config = config.get_text_config()
     if _children(model) != {"model", "lm_head"} or _children(body) != {
         "embed_tokens",
         "layers",
@@ -326,7 +347,7 @@ def _fused(layers: list[nn.Linear]) -> Projection:
     )
 
 
-def _joined(parameters: list[nn.Parameter]) -> torch.Tensor:
+def _joined(parameters: list[Any]) -> torch.Tensor:
     joined = torch.cat([parameter.data for parameter in parameters])
     for parameter, part in zip(parameters, joined.split([len(p) for p in parameters]), strict=True):
         parameter.data = part

@@ -19,6 +19,7 @@ from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.ports import Devices, Ticket
 from moespac.schedule.stats import PassClock
 from moespac.schedule.tiers import Tier
+from moespac.timeline import expert_name
 from moespac.types import Placement
 
 
@@ -158,7 +159,8 @@ class LayerRun:
         """All that are ready; but while others wait for a slot, only as many as run at once, to release theirs."""
         most = self._devices.host_threads if side.missing else len(side.ready)
         experts = list(islice(side.ready, most))
-        with self._clock.measure("host_experts"):
+        names = " ".join(expert_name(expert, len(self._counts)) for expert in experts)
+        with self._clock.measure("host_experts", names):
             seconds = self._devices.compute_on_host(experts, [side.tier.slot(expert) for expert in experts])
         for expert, spent in zip(experts, seconds.tolist(), strict=True):
             self._costs.observe_host(self._tokens(expert), spent)

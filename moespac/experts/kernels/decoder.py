@@ -1,4 +1,4 @@
-"""The plain decoder's layers for a few tokens, without torch in between: the trunk's share of a verification pass."""
+"""The plain decoder's layers for a few tokens, without torch in between: the trunk's share of a pass."""
 
 from __future__ import annotations
 
@@ -93,8 +93,9 @@ class NativeDecoder:
     ) -> torch.Tensor | None:
         """Layer ``number``: x (T, hidden), the residual stream, in place, after ``block`` (T, hidden) was added.
 
-        ``store`` (2, G, room, padded D) has keys and values up to ``start``; ``rotary`` are cosines and sines, (T, D).
-        Returns what the layer's block takes, or None where the block is dense and done.
+        ``store`` (2, G, room, padded D) has keys and values up to ``start``; ``rotary`` are cosines and sines,
+        (T, D), the sines of the first half negative. Returns what the layer's block takes, or None where the block
+        is dense and done.
         """
         normed = None if self._layers[number].up.matrix.rows else torch.empty_like(x)
         failed = self._run_layer(
@@ -130,9 +131,7 @@ class NativeDecoder:
             raise MemoryError("no memory for the activations of a pass")
         return logits
 
-    def _describe(
-        self, layer: LayerWeights, width: int, library: ctypes.CDLL, isa: bytes
-    ) -> DecoderLayer:
+    def _describe(self, layer: LayerWeights, width: int, library: ctypes.CDLL, isa: bytes) -> DecoderLayer:
         described = DecoderLayer(qkv=self._weights(layer.qkv), out=self._weights(layer.out))
         before, between, q_norm, k_norm = layer.norms
         described.before, described.between = self._vector(before), self._vector(between)
@@ -181,4 +180,3 @@ class _DenseGate(nn.Module):
     def _apply_gate(self, up: torch.Tensor) -> torch.Tensor:
         gate, up = up.chunk(2, dim=-1)
         return self.act_fn(gate) * up
-
