@@ -295,7 +295,11 @@ def _has_the_parts(model: Any) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):
         return False
-    return all(_is_plain(layer) for layer in body.layers)  # type: ignore[union-attr]
+    layers: Any = body.layers
+    frequencies = getattr(body.rotary_emb, "inv_freq", None)
+    if frequencies is None or not all(_is_plain(layer) for layer in layers):
+        return False
+    return all(layer.self_attn.head_dim == 2 * len(frequencies) for layer in layers)
 
 
 def _is_plain(layer: nn.Module) -> bool:
