@@ -268,6 +268,15 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
+class KernelBenchConfig:
+    """How ``moespac bench kernels`` measures."""
+
+    tokens: tuple[int, ...] = (1, 4, 8, 16)  # plain decoding to the longest drafts
+    rotate_bytes: int = 288 << 20  # of each contender's weights, taking turns: no cache holds a tenth of it
+    rounds: int = 60  # each contender's turns: some seconds a format
+
+
+@dataclass(frozen=True)
 class SimulationConfig:
     """What a simulation assumes where neither the trace nor the hardware profile says it."""
 
