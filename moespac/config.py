@@ -40,6 +40,9 @@ class SensorConfig:
     fast_tokens: float = 7.0  # mean life of the fast average: text keeps its subject for a clause ...
     slow_tokens: float = 100.0  # ... and its kind for much longer
     fast_share: float = 0.5  # weight of the fast average in their mix
+    passage_tokens: float = 40.0  # mean life of the average by which experts are kept over many passes ...
+    lasting_passage: float = 0.5  # ... its weight there ...
+    lasting_fast: float = 0.3  # ... and that of the fast one; the long-run rate has the rest
     last_tokens: float = 2.0  # mean life of a third average that only the context sees: the phrase
     floor: float = 0.35  # share of the long-run rate in that mix: what is long unseen is not impossible
     table_bytes: int = 64 << 20  # token table: some 2,700 distinct tokens of a 48 x 128 model
@@ -70,7 +73,6 @@ class UtilityConfig:
     histogram_windows: float = 16.0  # mean life of the demand histogram: it follows K, acceptance and text
     level_weight: float = 0.01  # what a level adds to the expected count per token when experts are ordered
     prefetch_margin: float = 2.0  # times a victim's utility before it makes way: a quarter less to read
-    copy_margin: float = 8.0  # the same for a copy to the accelerator, which saves no wait: the CPU could compute
     pass_discount: float = 0.8  # worth of a need one full pass away: less certain, and time to refetch
     copy_worth: float = 0.25  # worth in host memory of what the accelerator has: a refetch saved, if it goes
 
@@ -82,6 +84,8 @@ class BalanceConfig:
     exact_cells: int = 1_000_000  # layers x thresholds x slots solved exactly, in ~2 ms; beyond: greedy
     residency_windows: float = 4.0  # over which a transfer is spread: how long an expert stays, measured 3.7
     rebalance_windows: int = 8  # between choices of thresholds: levels are inert, and a choice costs ~1 ms
+    horizon_tokens: float = 12.0  # of text over which an expert on the accelerator is credited with what it saves
+    pass_tokens_memory: float = 16.0  # passes over which the tokens of a pass are averaged
     exact_splits: int = 256  # assignments enumerated at dispatch; beyond: prefixes; it runs in every layer
 
 

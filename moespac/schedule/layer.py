@@ -155,9 +155,13 @@ class LayerRun:
 
     def _compute_on_host(self, side: Side) -> None:
         expert = side.ready[0]
+        copying = self._memory.copying
         with self._clock.measure("host_experts"):
             seconds = self._devices.compute_on_host(expert, side.tier.slot(expert))
-        self._costs.observe_host(self._tokens(expert), seconds)
+        if not copying:
+            self._costs.observe_host(self._tokens(expert), seconds)
+        elif self._memory.copying:
+            self._costs.observe_host_beside_copy(self._tokens(expert), seconds)
         side.ready.popleft()
         side.tier.release(expert)
 

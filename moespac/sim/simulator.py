@@ -283,7 +283,10 @@ class Simulation:
         if self._setting.capacity.accelerator:
             costs.observe_link(hardware.link_seconds(model.expert_bytes))
         for tokens in range(1, self._window + 2):
-            costs.observe_host(tokens, self._machine.expert_host_seconds(tokens))
+            alone = self._machine.expert_host_seconds(tokens)
+            costs.observe_host(tokens, alone)
+            if self._setting.capacity.accelerator:
+                costs.observe_host_beside_copy(tokens, alone / hardware.rates_together().host)
             if self._setting.capacity.accelerator:
                 costs.observe_accelerator(tokens, self._machine.expert_accelerator_seconds(tokens))
 
