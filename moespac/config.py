@@ -118,6 +118,7 @@ class BaselineConfig:
     sequences: int = 64  # moe-infinity: activation matrices kept; beyond some dozens of topics they repeat
     score_top: int = 12  # hybrimoe: experts of a layer whose demand counts (p); from its source
     score_new: float = 0.5  # hybrimoe: weight of the newest pass in the score (alpha); from its source
+    clairvoyant_discount: float = 0.6  # belady: worth of a use a pass further ahead, before which slots change hands
     draft_token_seconds: float = 5e-3  # sp-moe, specter: one drafted token on a desktop GPU, an estimate
     first_plan: float = 0.2  # specter: share of the draft after which its first plan is made; from its source
 

@@ -81,7 +81,7 @@ class MoeSpacPolicy(Policy):
         may bring. The layer that runs is frozen. On the accelerator the value is in seconds saved, and what the
         layer that runs does not use is the first to go.
         """
-        if tier == "accelerator":
+        if tier == "accelerator" and self.capacity.accelerator:
             return self._saved(ran=layer + 1)
         layers, experts = self.shape.layers, self.shape.experts
         runs, to_come = layer * experts, (layer + 1) * experts
