@@ -268,6 +268,15 @@ class SimulationConfig:
 
 
 @dataclass(frozen=True)
+class EagerConfig:
+    """A runtime that issues every operation from Python, as eager PyTorch does. Counted in HybriMoE's public source."""
+
+    call_seconds: float = 6e-6  # of one call: Python, dispatch and launch take 5 to 25 us, here near the least
+    expert_calls: int = 27  # of an expert on the accelerator: where, index, three linears of six, activation, sum
+    layer_calls: int = 60  # of a layer's attention, norms, router, and of sorting its experts out
+
+
+@dataclass(frozen=True)
 class GovernorConfig:
     """How the number of drafted tokens is chosen."""
 

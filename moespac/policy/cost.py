@@ -23,9 +23,12 @@ class _Median:
         self._latest: deque[float] = deque(maxlen=samples)
         self.value: float | None = None
 
-    def observe(self, seconds: float) -> None:
+    def observe(self, seconds: float) -> bool:
+        """True when the median has changed."""
+        before = self.value
         self._latest.append(seconds)
         self.value = sorted(self._latest)[(len(self._latest) - 1) // 2]
+        return self.value != before
 
 
 class _Curve:
@@ -48,8 +51,8 @@ class _Curve:
         """``seconds`` is scaled, in the prior's proportion, from ``tokens`` to the nearest power of two."""
         bucket = min(round(math.log2(tokens)), len(self._nodes) - 1)
         here = self._first + self._further * (tokens - 1)
-        self._measured[bucket].observe(seconds * float(self._prior[bucket]) / here)
-        self._stale = True
+        if self._measured[bucket].observe(seconds * float(self._prior[bucket]) / here):
+            self._stale = True
 
     def __call__(self, tokens: NDArray) -> Seconds:
         if self._stale:
