@@ -50,7 +50,9 @@ class SensorConfig:
     table_memory: float = 500.0  # sightings a row averages over; float16 could not take smaller steps
     recent_memory: float = 5.0  # sightings that the second average of a row, of the present text, spans
     recent_weight: float = 8.0  # what one of those counts for: this text's use of a token over all others
-    pair_bytes: int = 16 << 20  # routing kept to look pairs up in: the latest 21,000 tokens of 48 layers, top 8
+    pair_bytes: int = (
+        16 << 20
+    )  # routing kept to look pairs up in: the latest 21,000 tokens of 48 layers, top 8
     pair_sightings: int = 4  # of a pair, the latest; more say nothing new
     pair_fade: float = 0.7  # weight of each beside the one after it
     pair_prior: float = 3.0  # sightings' worth of what the token table says
@@ -84,7 +86,9 @@ class BalanceConfig:
     exact_cells: int = 1_000_000  # layers x thresholds x slots solved exactly, in ~2 ms; beyond: greedy
     residency_windows: float = 4.0  # over which a transfer is spread: how long an expert stays, measured 3.7
     rebalance_windows: int = 8  # between choices of thresholds: levels are inert, and a choice costs ~1 ms
-    horizon_tokens: float = 12.0  # of text over which an expert on the accelerator is credited with what it saves
+    horizon_tokens: float = (
+        12.0  # of text over which an expert on the accelerator is credited with what it saves
+    )
     pass_tokens_memory: float = 16.0  # passes over which the tokens of a pass are averaged
     exact_splits: int = 256  # assignments enumerated at dispatch; beyond: prefixes; it runs in every layer
 
@@ -118,7 +122,9 @@ class BaselineConfig:
     sequences: int = 64  # moe-infinity: activation matrices kept; beyond some dozens of topics they repeat
     score_top: int = 12  # hybrimoe: experts of a layer whose demand counts (p); from its source
     score_new: float = 0.5  # hybrimoe: weight of the newest pass in the score (alpha); from its source
-    clairvoyant_discount: float = 0.6  # belady: worth of a use a pass further ahead, before which slots change hands
+    clairvoyant_discount: float = (
+        0.6  # belady: worth of a use a pass further ahead, before which slots change hands
+    )
     draft_token_seconds: float = 5e-3  # sp-moe, specter: one drafted token on a desktop GPU, an estimate
     first_plan: float = 0.2  # specter: share of the draft after which its first plan is made; from its source
 
@@ -230,7 +236,11 @@ class MeasureConfig:
     memory_bytes: int = 512 << 20  # read for the memory's bandwidth; no cache is as large
     storage_bytes: int = 1 << 30  # of the temporary file: what a disk's own cache holds is a small part of it
     storage_seconds: float = 1.5  # of reading, for each size and depth: disks vary within one second
-    block_bytes: tuple[int, ...] = (1 << 20, 4 << 20, 9 << 20)  # int4 to 16-bit experts of fine-grained models
+    block_bytes: tuple[int, ...] = (
+        1 << 20,
+        4 << 20,
+        9 << 20,
+    )  # int4 to 16-bit experts of fine-grained models
     depths: tuple[int, ...] = (1, 2, 4, 8, 16)  # reads in flight
     depth_slack: float = 1.1  # the least depth that reads this near to the fastest is enough: disks are noisy
     expert_hidden: int = 2048  # Qwen3-30B-A3B's expert: 4.7 million weights, of the size that models have
@@ -260,9 +270,13 @@ class MeasureConfig:
 class SimulationConfig:
     """What a simulation assumes where neither the trace nor the hardware profile says it."""
 
-    prompt_tokens: int = 32  # that a text without a recorded prompt lends: caches and counters have seen something
+    prompt_tokens: int = (
+        32  # that a text without a recorded prompt lends: caches and counters have seen something
+    )
     next_gate_accuracy: float = 0.97  # of a layer's gate on the hidden states before it; Fate (2025)
-    draft_routing_accuracy: float = 0.9  # of what a drafter's states say of the target; not published, between
+    draft_routing_accuracy: float = (
+        0.9  # of what a drafter's states say of the target; not published, between
+    )
     # the share of experts that repeat at the next token and the next gate's
     host_share: float = 0.9  # of host memory for experts: the system and the program need the rest
 
@@ -271,8 +285,12 @@ class SimulationConfig:
 class EagerConfig:
     """A runtime that issues every operation from Python, as eager PyTorch does. Counted in HybriMoE's public source."""
 
-    call_seconds: float = 6e-6  # of one call: Python, dispatch and launch take 5 to 25 us, here near the least
-    expert_calls: int = 27  # of an expert on the accelerator: where, index, three linears of six, activation, sum
+    call_seconds: float = (
+        6e-6  # of one call: Python, dispatch and launch take 5 to 25 us, here near the least
+    )
+    expert_calls: int = (
+        27  # of an expert on the accelerator: where, index, three linears of six, activation, sum
+    )
     layer_calls: int = 60  # of a layer's attention, norms, router, and of sorting its experts out
 
 
@@ -282,11 +300,17 @@ class GovernorConfig:
 
     most: int = 8  # K is at most this: acceptance beyond is rare, and every token touches new experts
     acceptance_prior: float = 0.7  # before anything was verified: worth a try
-    mean_passes: float = 16.0  # mean life of the measurements: a change of text shows within some twenty passes
+    mean_passes: float = (
+        16.0  # mean life of the measurements: a change of text shows within some twenty passes
+    )
     first_passes: int = 6  # in which few, no and many drafts are measured once
-    probe_passes: int = 16  # then a neighbour of the best is tried after this many passes, ever more rarely ...
+    probe_passes: int = (
+        16  # then a neighbour of the best is tried after this many passes, ever more rarely ...
+    )
     probe_passes_most: int = 64  # ... down to this: probes of a hopeless K then cost some 1%
-    token_share: float = 0.5  # of a token's share of a pass, what one more costs where no size near was measured
+    token_share: float = (
+        0.5  # of a token's share of a pass, what one more costs where no size near was measured
+    )
 
 
 @dataclass(frozen=True)
@@ -296,7 +320,9 @@ class EngineConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     method: PolicyConfig = field(default_factory=PolicyConfig)
     policy: str = "moe-spac"
-    window: int | Literal["auto"] = "auto"  # drafted tokens a pass (K); 0: no speculation; auto: as many as pay
+    window: int | Literal["auto"] = (
+        "auto"  # drafted tokens a pass (K); 0: no speculation; auto: as many as pay
+    )
     governor: GovernorConfig = field(default_factory=GovernorConfig)  # chooses K in auto
     prefill_chunk: int = (
         2048  # prompt tokens a pass: each pass reads nearly all experts, each token costs memory

@@ -1,6 +1,6 @@
 """Published tokens a second beside simulated ones: what the simulator is worth on machines that we do not own.
 
-One row is fitted on each machine: llama.cpp's, for the bandwidth of a CPU that nobody named. The others follow from
+One row is fitted on each machine: llama.cpp's, for the bandwidth of a CPU that nobody named (docs/hardware.md). The others follow from
 the profile, the model's dimensions and synthetic routing of published locality. What each system decides is its
 policy here; what its runtime adds is in the machine (``issued_from_python``), stated and the same for all experts.
 """
@@ -14,9 +14,8 @@ from typing import Any
 from moespac.bench.paper import HARDWARE, PUBLISHED, synthetic_trace
 from moespac.config import EagerConfig
 from moespac.sim.capacity import capacity_of
-from moespac.sim.fit import fit_host_bandwidth
 from moespac.sim.hardware import HardwareProfile, find_profile
-from moespac.sim.shapes import SimModel, find_model
+from moespac.sim.shapes import find_model
 from moespac.sim.simulator import Setting
 from moespac.sim.study import Task, simulate_all
 
@@ -52,26 +51,20 @@ def issued_from_python(hardware: HardwareProfile, config: EagerConfig) -> Hardwa
     )
 
 
-def fitted(hardware: HardwareProfile, model: SimModel, speed: float, cache: float) -> HardwareProfile:
-    """``hardware`` with the CPU that llama.cpp's published ``speed`` tells of."""
-    return replace(hardware, host_bandwidth=fit_host_bandwidth(hardware, model, speed, cache))
-
-
 def check_all(
     tokens: int, sequences: int, seed: int, jobs: int, progress: Callable[[int, int], None]
 ) -> list[Check]:
     """Every published figure, over ``sequences`` synthetic texts of ``tokens`` decoded tokens."""
     paper, model = find_profile(HARDWARE), find_model(PAPER_MODEL)
     other, other_model = find_profile(OTHER_HARDWARE), find_model(OTHER_MODEL)
-    unnamed = fitted(other, other_model, OTHER_PUBLISHED["llama.cpp"], OTHER_CACHE)
     cases = [
-        (paper, model, PAPER_CACHE, "llama.cpp", PUBLISHED, "the CPU's bandwidth is fitted on this row"),
+        (paper, model, PAPER_CACHE, "llama.cpp", PUBLISHED, "fitted: the CPU's bandwidth"),
         (paper, model, PAPER_CACHE, "llama.cpp+sd", PUBLISHED, "K = 4, acceptance 0.8 assumed"),
         (issued_from_python(paper, EagerConfig()), model, PAPER_CACHE, "hybrimoe", PUBLISHED, "its own runtime"),
         (paper, model, PAPER_CACHE, "hybrimoe", PUBLISHED, "its decisions on a native runtime"),
         (paper, model, PAPER_CACHE, "moe-spac", PUBLISHED, "our policy, not the paper's"),
-        (unnamed, other_model, OTHER_CACHE, "llama.cpp", OTHER_PUBLISHED, "the CPU's bandwidth is fitted here"),
-        (unnamed, other_model, OTHER_CACHE, "freetoken", OTHER_PUBLISHED, ""),
+        (other, other_model, OTHER_CACHE, "llama.cpp", OTHER_PUBLISHED, "fitted: the CPU's bandwidth"),
+        (other, other_model, OTHER_CACHE, "freetoken", OTHER_PUBLISHED, ""),
     ]  # fmt: skip
     tasks, trace = [], synthetic_trace(model, tokens + 32, seed)
     for hardware, shape, cache, policy, _, _ in cases:

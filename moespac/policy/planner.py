@@ -102,7 +102,9 @@ class MoeSpacPolicy(Policy):
         window = observation.window
         if not window.prefill:
             self._drafts_ahead = window.drafted > 0
-            self._pass_tokens += (len(window.tokens) - self._pass_tokens) / self._config.balance.pass_tokens_memory
+            self._pass_tokens += (
+                len(window.tokens) - self._pass_tokens
+            ) / self._config.balance.pass_tokens_memory
         if not self._planned:
             self._expect(self._demand.rate(), 1)
         self._planned = False

@@ -163,7 +163,9 @@ class ExpertMemory:
     @property
     def copying(self) -> bool:
         """Whether a copy to the accelerator is running now."""
-        return any(name == "accelerator" and not flight.ticket.done for (name, _), flight in self._flights.items())
+        return any(
+            name == "accelerator" and not flight.ticket.done for (name, _), flight in self._flights.items()
+        )
 
     def quiesce(self) -> None:
         """Wait until nothing is in flight; a failed transfer only leaves its slot empty."""

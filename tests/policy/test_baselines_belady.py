@@ -84,7 +84,9 @@ def test_on_the_accelerator_experts_are_worth_the_seconds_that_they_save() -> No
     saved = policy.retention("accelerator", -1)
     assert saved[0] == pytest.approx(0.75 * (1 + later**2)), "in this pass, and in the third"
     assert saved[2] == pytest.approx(0.75 * later)
-    assert policy.retention("accelerator", 0)[0] == pytest.approx(0.75 * later**2), "layer 0 has been dispatched"
+    assert policy.retention("accelerator", 0)[0] == pytest.approx(0.75 * later**2), (
+        "layer 0 has been dispatched"
+    )
 
 
 def test_a_copy_that_takes_more_than_it_saves_waits_for_a_draft() -> None:
@@ -92,7 +94,9 @@ def test_a_copy_that_takes_more_than_it_saves_waits_for_a_draft() -> None:
     policy.costs.observe_host(1, 1.0)
     policy.costs.observe_accelerator(1, 0.25)
     policy.costs.observe_link(4.0)
-    policy.costs.observe_host_beside_copy(1, 2.0)  # a copy takes 2 seconds from the host, more than any use saves
+    policy.costs.observe_host_beside_copy(
+        1, 2.0
+    )  # a copy takes 2 seconds from the host, more than any use saves
     drafted = [np.repeat(PASSES[0], 2, axis=1), *PASSES[1:]]
     now = resident(MACHINE, range(SHAPE.total), [2, 3, 10, 11])
     for passes, window in ((PASSES, [1]), (drafted, [1, 2])):

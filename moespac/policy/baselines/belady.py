@@ -53,7 +53,9 @@ class BeladyPolicy(Policy):
         self._pass = 0
         if self.capacity.accelerator:
             discount = np.float32(self._config.baselines.clairvoyant_discount)
-            self._uses = (turns < _NEVER).astype(np.float32)  # (passes + 1, layers, experts) from each pass on
+            self._uses = (turns < _NEVER).astype(
+                np.float32
+            )  # (passes + 1, layers, experts) from each pass on
             for number in range(len(passes) - 1, -1, -1):
                 self._uses[number] += discount * self._uses[number + 1]
 
