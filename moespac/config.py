@@ -86,8 +86,9 @@ class BalanceConfig:
     exact_cells: int = 1_000_000  # layers x thresholds x slots solved exactly, in ~2 ms; beyond: greedy
     residency_windows: float = 4.0  # over which a transfer is spread: how long an expert stays, measured 3.7
     rebalance_windows: int = 8  # between choices of thresholds: levels are inert, and a choice costs ~1 ms
-    horizon_tokens: float = (
-        12.0  # of text over which an expert on the accelerator is credited with what it saves
+    horizon_passes: float = 7.0  # over which an expert on the accelerator is credited with what it saves
+    idle_price: float = (
+        0.3  # of a copy's price, while tokens are drafted and the host is idle: a swap is a risk
     )
     pass_tokens_memory: float = 16.0  # passes over which the tokens of a pass are averaged
     exact_splits: int = 256  # assignments enumerated at dispatch; beyond: prefixes; it runs in every layer
@@ -283,7 +284,7 @@ class SimulationConfig:
 
 @dataclass(frozen=True)
 class EagerConfig:
-    """A runtime that issues every operation from Python, as eager PyTorch does. Counted in HybriMoE's public source."""
+    """A runtime that issues every operation from Python, as eager PyTorch does; HybriMoE's source, counted."""
 
     call_seconds: float = (
         6e-6  # of one call: Python, dispatch and launch take 5 to 25 us, here near the least

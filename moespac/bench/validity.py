@@ -1,7 +1,7 @@
-"""Published tokens a second beside simulated ones: what the simulator is worth on machines that we do not own.
+"""Published tokens a second beside simulated ones, on machines that we do not own.
 
-One row is fitted on each machine: llama.cpp's, for the bandwidth of a CPU that nobody named (docs/hardware.md). The others follow from
-the profile, the model's dimensions and synthetic routing of published locality. What each system decides is its
+One row is fitted on each machine: llama.cpp's, for the bandwidth of a CPU that nobody named (docs/hardware.md). The
+others follow from the profile, the model's dimensions and synthetic routing of published locality. What each system decides is its
 policy here; what its runtime adds is in the machine (``issued_from_python``), stated and the same for all experts.
 """
 

@@ -62,7 +62,8 @@ class MoeSpacPolicy(Policy):
         if not self.capacity.accelerator:
             return Plan(host)
         drafting = self._drafts_ahead and not window.drafted
-        return Plan(host, self._copies(residency, price=0.0 if drafting else self.costs.copy_price))
+        share = self._config.balance.idle_price if drafting else 1.0
+        return Plan(host, self._copies(residency, price=share * self.costs.copy_price))
 
     def place(self, layer: int, counts: NDArray[np.int64], residency: Residency) -> Placement:
         """Split the active experts so that both devices finish early; fetches overlap computing."""
@@ -143,8 +144,7 @@ class MoeSpacPolicy(Policy):
     def _saved(self, ran: int) -> NDArray[np.float64]:
         """(layers * experts,) seconds that each expert on the accelerator saves while it stays there, as far as
         that can be foreseen; the first ``ran`` layers have had their turn in this pass."""
-        passes = max(self._config.balance.horizon_tokens / self._pass_tokens, 1.0)
-        saved = passes * self._saved_later
+        saved = self._config.balance.horizon_passes * self._saved_later
         to_come = ran * self.shape.experts
         saved[to_come:] += self._saved_now[to_come:] - self._saved_later[to_come:]
         return saved

@@ -93,7 +93,7 @@ class BeladyPolicy(Policy):
         return (passes.astype(np.int64) * self.shape.layers + layers).ravel()
 
     def _saved(self, layer: int) -> Seconds:
-        """(layers * experts,) seconds that each expert saves on the accelerator, ``layer`` having been dispatched."""
+        """(layers * experts,) seconds that each saves on the accelerator, ``layer`` having been dispatched."""
         after = min(self._pass + 1, len(self._uses) - 1)
         ran = layer + 1
         discount = self._config.baselines.clairvoyant_discount
