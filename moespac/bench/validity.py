@@ -1,8 +1,8 @@
 """Published tokens a second beside simulated ones, on machines that we do not own.
 
 One row is fitted on each machine: llama.cpp's, for the bandwidth of a CPU that nobody named (docs/hardware.md). The
-others follow from the profile, the model's dimensions and synthetic routing of published locality. What each system decides is its
-policy here; what its runtime adds is in the machine (``issued_from_python``), stated and the same for all experts.
+others follow from the profile, the model's dimensions and synthetic routing of published locality. What a system
+decides is its policy here; what its runtime adds is in the machine (``issued_from_python``), and said.
 """
 
 from __future__ import annotations

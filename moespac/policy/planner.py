@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from moespac.config import PolicyConfig
 from moespac.policy import profile
 from moespac.policy.balance import (
+    SavedSeconds,
     accelerator_costs,
     choose_thresholds,
     host_costs,
-    saved_in_a_pass,
     slots_needed,
 )
 from moespac.policy.base import Policy, TierName
@@ -129,8 +129,12 @@ class MoeSpacPolicy(Policy):
             lasting = self._lasting = self._demand.lasting()
             unknown = max(self._pass_tokens - tokens, 0.0) if self._drafts_ahead else 0.0
             coming = (tokens * demand + unknown * lasting) / (tokens + unknown)
-            self._saved_now = saved_in_a_pass(coming, tokens + unknown, self.costs)
-            self._saved_later = saved_in_a_pass(lasting, self._pass_tokens, self.costs)
+            self._saved_by_rate = SavedSeconds(self._pass_tokens, self.costs)
+            later = self._saved_by_rate(lasting)
+            passes = self._config.balance.horizon_passes
+            self._saved_after = passes * later  # from the next pass on
+            now = SavedSeconds(tokens + unknown, self.costs)(coming)
+            self._saved_with_now = self._saved_after - later + now
 
     def _freshen(self, layer: int, counts: NDArray[np.int64]) -> None:
         """What the layer's routing has just shown, for what it leaves on the accelerator."""
@@ -139,15 +143,13 @@ class MoeSpacPolicy(Policy):
         seen = (counts / tokens).astype(np.float32)
         lasting = self._lasting[mine]
         lasting += np.float32(self._demand.lasting_step(tokens)) * (seen - lasting)
-        self._saved_later[mine] = saved_in_a_pass(lasting, self._pass_tokens, self.costs)
+        self._saved_after[mine] = self._config.balance.horizon_passes * self._saved_by_rate(lasting)
 
     def _saved(self, ran: int) -> NDArray[np.float64]:
         """(layers * experts,) seconds that each expert on the accelerator saves while it stays there, as far as
         that can be foreseen; the first ``ran`` layers have had their turn in this pass."""
-        saved = self._config.balance.horizon_passes * self._saved_later
         to_come = ran * self.shape.experts
-        saved[to_come:] += self._saved_now[to_come:] - self._saved_later[to_come:]
-        return saved
+        return np.concatenate([self._saved_after[:to_come], self._saved_with_now[to_come:]])
 
     def _copies(self, residency: Residency, price: float) -> Ids:
         """Experts to copy to the accelerator, most useful first; those that replace others are at or above their

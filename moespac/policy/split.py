@@ -140,54 +140,44 @@ def _best_prefix(
     slots: int,
     stakes: Stakes | None,
 ) -> int:
-    """How many experts, from the first, go to the accelerator for the least makespan, less what copies are worth.
+    """How many experts, from the first, go to the accelerator: least makespan, less what copies are worth."""
+    most = min(slots, len(counts))
+    mine, copied = states[:most], states[:most] > State.ARRIVING
+    flying, copies = int(np.count_nonzero(states == State.ARRIVING)), np.cumsum(copied)
+    seconds = costs.accelerator_expert(counts[:most])
+    there = np.zeros(most)  # when each is there; what is flying arrives, wanted or not
+    there[mine == State.ARRIVING] = (
+        costs.link * np.arange(1, flying + 1)[: np.count_nonzero(mine == State.ARRIVING)]
+    )
+    read = costs.storage * np.cumsum(mine == State.STORAGE)
+    begin = np.maximum.accumulate(np.maximum(read - (copies - 1) * costs.link, flying * costs.link))
+    there[copied] = (begin + copies * costs.link)[copied]
+    done = _one_by_one(there, seconds)
 
-    Plain floats in two sweeps: at these sizes a loop is several times faster than a matrix of all prefixes.
-    """
-    on_host = costs.host_expert(counts).tolist()
-    on_accelerator = costs.accelerator_expert(counts).tolist()
-    worth = [0.0] * len(on_host) if stakes is None else stakes.worth.tolist()
-    given_up = [] if stakes is None else stakes.given_up.tolist()
-    first_stored = int(np.searchsorted(states, State.STORAGE))
-    n = len(on_host)
-
-    host = [0.0] * (n + 1)  # host[p]: when the host is done with experts p..n-1
-    work, read = 0.0, costs.storage
-    for i in range(n - 1, -1, -1):
-        work += on_host[i]
-        ready = (i - first_stored + 1) * read  # whichever device the reads before it serve
-        host[i] = max(host[i + 1], ready + work) if i >= first_stored else max(host[i + 1], work)
-
-    copy, toll, here = costs.link, costs.copy_toll, int(State.ACCELERATOR)
-    stored, flying = int(State.STORAGE), int(State.ARRIVING)
-    done = reads = arriving = saved = 0.0
-    copies = int(np.count_nonzero(states == flying))  # they arrive, wanted or not
-    link = copies * copy
-    best, least = 0, _beside(host[0], link, toll)
-    gone = 0
-    for i, state in enumerate(states[:slots].tolist()):
-        if state == here:
-            done += on_accelerator[i]
-        elif state == flying:
-            arriving += copy
-            done = max(done, arriving) + on_accelerator[i]
-        else:
-            if state == stored:
-                reads += read
-            link = max(link, reads) + copy
-            done = max(done, link) + on_accelerator[i]
-            copies += 1
-            saved += worth[i] - (given_up[gone] if gone < len(given_up) else 0.0)
-            gone += 1
-        seconds = max(done, _beside(host[i + 1], copies * copy, toll)) - saved
-        if seconds < least:
-            best, least = i + 1, seconds
-    return best
+    work = costs.host_expert(counts)
+    work = np.cumsum(work[::-1])[::-1]  # of each and those after it
+    if states[-1] == State.STORAGE:  # whichever device the reads before it serve
+        work = work + costs.storage * np.cumsum(states == State.STORAGE)
+        work = np.maximum.accumulate(work[::-1])[::-1]
+    host = np.append(work, 0.0)[: most + 1]
+    copying = costs.link * np.concatenate([[flying], flying + copies])
+    total = np.maximum(_beside(host, copying, costs.copy_toll), np.concatenate([[0.0], done]))
+    if stakes is not None:
+        given_up = np.concatenate([[0.0], np.cumsum(stakes.given_up)])
+        saved = np.cumsum(stakes.worth[:most] * copied) - given_up[np.minimum(copies, len(given_up) - 1)]
+        total[1:] -= saved
+    return int(total.argmin())
 
 
-def _beside(busy: float, copying: float, toll: float) -> float:
+def _one_by_one(there: Seconds, seconds: Seconds) -> Seconds:
+    """When a device is done with each of a row of experts that come at these times and take ``seconds``."""
+    done = np.cumsum(seconds)
+    return done + np.maximum.accumulate(there - (done - seconds))
+
+
+def _beside(busy: Seconds, copying: Seconds, toll: float) -> Seconds:
     """When the host is done with ``busy`` seconds of work, of which the first ``copying`` run beside copies."""
-    return min(busy * toll, busy + copying * (1 - 1 / toll))
+    return np.minimum(busy * toll, busy + copying * (1 - 1 / toll))
 
 
 def makespans(
@@ -212,7 +202,7 @@ def makespans(
     by_host = _run(by_host, here[:, storage:], seconds[storage:], [(reads * costs.storage, costs.storage)])
 
     copying = (sizes[arriving:host].sum() + _number(there[:, host:])) * costs.link
-    by_host = np.minimum(by_host * costs.copy_toll, by_host + copying * (1 - 1 / costs.copy_toll))
+    by_host = _beside(by_host, copying, costs.copy_toll)
 
     seconds = costs.accelerator_expert(tokens)
     busy = there[:, :arriving] @ seconds[:arriving]
