@@ -309,6 +309,7 @@ class GovernorConfig:
         16  # then a neighbour of the best is tried after this many passes, ever more rarely ...
     )
     probe_passes_most: int = 64  # ... down to this: probes of a hopeless K then cost some 1%
+    close: float = 0.1  # K whose rates differ by less are compared as often as ever: neither costs much
     token_share: float = (
         0.5  # of a token's share of a pass, what one more costs where no size near was measured
     )
