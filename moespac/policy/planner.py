@@ -61,8 +61,8 @@ class MoeSpacPolicy(Policy):
         host = self._reads(residency.host | residency.arriving_host)
         if not self.capacity.accelerator:
             return Plan(host)
-        drafting = self._drafts_ahead and not window.drafted
-        share = self._config.balance.idle_price if drafting else 1.0
+        self.counts_on_draft = self._drafts_ahead and not window.drafted and not self.counts_on_draft
+        share = self._config.balance.idle_price if self.counts_on_draft else 1.0
         return Plan(host, self._copies(residency, price=share * self.costs.copy_price))
 
     def place(self, layer: int, counts: NDArray[np.int64], residency: Residency) -> Placement:
