@@ -40,6 +40,9 @@ class SensorConfig:
     fast_tokens: float = 7.0  # mean life of the fast average: text keeps its subject for a clause ...
     slow_tokens: float = 100.0  # ... and its kind for much longer
     fast_share: float = 0.5  # weight of the fast average in their mix
+    passage_tokens: float = 40.0  # mean life of the average by which experts are kept over many passes ...
+    lasting_passage: float = 0.5  # ... its weight there ...
+    lasting_fast: float = 0.3  # ... and that of the fast one; the long-run rate has the rest
     last_tokens: float = 2.0  # mean life of a third average that only the context sees: the phrase
     floor: float = 0.35  # share of the long-run rate in that mix: what is long unseen is not impossible
     table_bytes: int = 64 << 20  # token table: some 2,700 distinct tokens of a 48 x 128 model
@@ -72,9 +75,6 @@ class UtilityConfig:
     histogram_windows: float = 16.0  # mean life of the demand histogram: it follows K, acceptance and text
     level_weight: float = 0.01  # what a level adds to the expected count per token when experts are ordered
     prefetch_margin: float = 2.0  # times a victim's utility before it makes way: a quarter less to read
-    copy_margin: float = (
-        8.0  # the same for a copy to the accelerator, which saves no wait: the CPU could compute
-    )
     pass_discount: float = 0.8  # worth of a need one full pass away: less certain, and time to refetch
     copy_worth: float = 0.25  # worth in host memory of what the accelerator has: a refetch saved, if it goes
 
@@ -86,6 +86,11 @@ class BalanceConfig:
     exact_cells: int = 1_000_000  # layers x thresholds x slots solved exactly, in ~2 ms; beyond: greedy
     residency_windows: float = 4.0  # over which a transfer is spread: how long an expert stays, measured 3.7
     rebalance_windows: int = 8  # between choices of thresholds: levels are inert, and a choice costs ~1 ms
+    horizon_passes: float = 7.0  # over which an expert on the accelerator is credited with what it saves
+    idle_price: float = (
+        0.3  # of a copy's price, while tokens are drafted and the host is idle: a swap is a risk
+    )
+    pass_tokens_memory: float = 16.0  # passes over which the tokens of a pass are averaged
     exact_splits: int = 256  # assignments enumerated at dispatch; beyond: prefixes; it runs in every layer
 
 
@@ -118,6 +123,9 @@ class BaselineConfig:
     sequences: int = 64  # moe-infinity: activation matrices kept; beyond some dozens of topics they repeat
     score_top: int = 12  # hybrimoe: experts of a layer whose demand counts (p); from its source
     score_new: float = 0.5  # hybrimoe: weight of the newest pass in the score (alpha); from its source
+    clairvoyant_discount: float = (
+        0.6  # belady: worth of a use a pass further ahead, before which slots change hands
+    )
     draft_token_seconds: float = 5e-3  # sp-moe, specter: one drafted token on a desktop GPU, an estimate
     first_plan: float = 0.2  # specter: share of the draft after which its first plan is made; from its source
 
@@ -292,6 +300,19 @@ class SimulationConfig:
 
 
 @dataclass(frozen=True)
+class EagerConfig:
+    """A runtime that issues every operation from Python, as eager PyTorch does; HybriMoE's source, counted."""
+
+    call_seconds: float = (
+        6e-6  # of one call: Python, dispatch and launch take 5 to 25 us, here near the least
+    )
+    expert_calls: int = (
+        27  # of an expert on the accelerator: where, index, three linears of six, activation, sum
+    )
+    layer_calls: int = 60  # of a layer's attention, norms, router, and of sorting its experts out
+
+
+@dataclass(frozen=True)
 class GovernorConfig:
     """How the number of drafted tokens is chosen."""
 
@@ -305,6 +326,7 @@ class GovernorConfig:
         16  # then a neighbour of the best is tried after this many passes, ever more rarely ...
     )
     probe_passes_most: int = 64  # ... down to this: probes of a hopeless K then cost some 1%
+    close: float = 0.1  # K whose rates differ by less are compared as often as ever: neither costs much
     token_share: float = (
         0.5  # of a token's share of a pass, what one more costs where no size near was measured
     )

@@ -77,7 +77,7 @@ class Engine:
         draft = self._draft(sequence)
         drafted = self.runtime.clock.now()
         window = sequence.window(draft.tokens)
-        if draft.tokens:
+        if draft.tokens or self.runtime.policy.counts_on_draft:
             self.runtime.plan(window)  # the drafted tokens are a sensor: they say which experts come
         logits = self._forward(sequence, window)
         with self.runtime.clock.measure("verify"):

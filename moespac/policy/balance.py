@@ -15,6 +15,8 @@ from moespac.types import Grid
 Thresholds = NDArray[np.int64]  # (layers,), 1..U+1
 Table = NDArray[np.float64]  # (layers, U+1): a column for each threshold
 
+_RATES = np.linspace(0, 1, 65)  # routings a token at which ``SavedSeconds`` is exact
+
 
 def slots_needed(levels: Levels, highest: int) -> NDArray[np.int64]:
     """(layers, U+1) experts at or above each threshold 1..U+1; none at the last."""
@@ -45,6 +47,21 @@ def host_costs(
     waiting = computing + _below(levels, active, highest) * costs.storage
     moving = _at_or_above(levels, ~resident, highest) * costs.storage / config.residency_windows
     return np.maximum(waiting, moving)
+
+
+class SavedSeconds:
+    """Seconds that an expert takes off the host in a pass while the accelerator has it, by how often a token is
+    routed to it; a curve, since it is asked in every layer."""
+
+    def __init__(self, tokens: float, costs: CostModel) -> None:
+        """In passes of ``tokens`` (1 or more)."""
+        active = 1 - (1 - _RATES) ** tokens
+        each = np.maximum(_RATES * tokens / np.maximum(active, 1e-9), 1)
+        self._curve = active * np.maximum(costs.host_expert(each) - costs.accelerator_expert(each), 0)
+
+    def __call__(self, rates: NDArray[np.floating]) -> NDArray[np.float64]:
+        """For each of the ``rates``, 0 to 1."""
+        return np.interp(rates, _RATES, self._curve)
 
 
 def choose_thresholds(

@@ -43,6 +43,7 @@ class Policy(ABC):
     name: str
     sensors: ClassVar[frozenset[Sensor]] = frozenset()
     speculates: ClassVar[bool] = True  # whether the system it stands for decodes speculatively
+    counts_on_draft: bool = False  # the last plan did: it is made anew if the pass begins without one
 
     def __init__(self, shape: ModelShape, capacity: Capacity, costs: CostModel) -> None:
         self.shape = shape

@@ -23,9 +23,12 @@ class _Median:
         self._latest: deque[float] = deque(maxlen=samples)
         self.value: float | None = None
 
-    def observe(self, seconds: float) -> None:
+    def observe(self, seconds: float) -> bool:
+        """True when the median has changed."""
+        before = self.value
         self._latest.append(seconds)
         self.value = sorted(self._latest)[(len(self._latest) - 1) // 2]
+        return self.value != before
 
 
 class _Curve:
@@ -48,8 +51,8 @@ class _Curve:
         """``seconds`` is scaled, in the prior's proportion, from ``tokens`` to the nearest power of two."""
         bucket = min(round(math.log2(tokens)), len(self._nodes) - 1)
         here = self._first + self._further * (tokens - 1)
-        self._measured[bucket].observe(seconds * float(self._prior[bucket]) / here)
-        self._stale = True
+        if self._measured[bucket].observe(seconds * float(self._prior[bucket]) / here):
+            self._stale = True
 
     def __call__(self, tokens: NDArray) -> Seconds:
         if self._stale:
@@ -85,6 +88,7 @@ class CostModel:
             on_accelerator * config.accelerator_token_share,
             config,
         )
+        self._beside_copy = _Median(config.samples)
         self._link = _Median(config.samples)
         self._storage = _Median(config.samples)
         self._link_prior = record_bytes / config.link_bandwidth
@@ -108,9 +112,23 @@ class CostModel:
         """Seconds to read one record from storage, other reads running: the inverse of records per second."""
         return self._storage_prior if self._storage.value is None else self._storage.value
 
+    @property
+    def copy_toll(self) -> float:
+        """How many times longer an expert on the host takes while records are copied: both read host memory."""
+        return 1.0 if self._beside_copy.value is None else max(self._beside_copy.value, 1.0)
+
+    @property
+    def copy_price(self) -> float:
+        """Seconds that one copy takes from a host that computes all the while."""
+        return self.link * (1 - 1 / self.copy_toll)
+
     def observe_host(self, tokens: int, seconds: float) -> None:
-        """One expert took ``seconds`` for ``tokens`` on the host."""
+        """One expert took ``seconds`` for ``tokens`` on the host, nothing being copied."""
         self._host.observe(tokens, seconds)
+
+    def observe_host_beside_copy(self, tokens: int, seconds: float) -> None:
+        """The same, records being copied all the while."""
+        self._beside_copy.observe(seconds / float(self._host(np.array([tokens]))[0]))
 
     def observe_accelerator(self, tokens: int, seconds: float) -> None:
         """One expert took ``seconds`` for ``tokens`` on the accelerator."""

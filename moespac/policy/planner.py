@@ -12,8 +12,15 @@ from numpy.typing import NDArray
 
 from moespac.config import PolicyConfig
 from moespac.policy import profile
-from moespac.policy.balance import accelerator_costs, choose_thresholds, host_costs, slots_needed
+from moespac.policy.balance import (
+    SavedSeconds,
+    accelerator_costs,
+    choose_thresholds,
+    host_costs,
+    slots_needed,
+)
 from moespac.policy.base import Policy, TierName
+from moespac.policy.copies import worth_copying
 from moespac.policy.cost import CostModel
 from moespac.policy.sensors import DemandSensor, Rates
 from moespac.policy.split import place_by_finish
@@ -38,36 +45,45 @@ class MoeSpacPolicy(Policy):
         self._planned = False
         self._thresholds: dict[TierName, NDArray[np.int64]] = {}
         self._worth_in_host = np.ones(shape.total)
-        self._expect(self._demand.rate())
+        self._pass_tokens = 1.0  # running mean of the tokens that a pass runs
+        self._drafts_ahead = False  # whether the next pass is likely to be drafted first
+        self._expect(self._demand.rate(), 1)
 
     def plan(self, window: Window, residency: Residency) -> Plan:
         """Prefetch what the coming pass will want more than what would have to go."""
         expected = self._demand.expected(window)
-        self._expect(expected.per_token)
+        self._expect(expected.per_token, len(window.tokens))
         self._note_copies(residency)
         if self._windows % self._config.balance.rebalance_windows == 0:
             self._rebalance(expected.counts, residency)
         self._windows += 1
         self._planned = True
-        host = self._wanted("host", residency.host | residency.arriving_host, self.capacity.host)
+        host = self._reads(residency.host | residency.arriving_host)
         if not self.capacity.accelerator:
             return Plan(host)
-        coming = residency.accelerator | residency.arriving_accelerator
-        accelerator = self._wanted("accelerator", coming, self.capacity.accelerator, source=residency.host)
-        return Plan(host, accelerator)
+        self.counts_on_draft = self._drafts_ahead and not window.drafted and not self.counts_on_draft
+        share = self._config.balance.idle_price if self.counts_on_draft else 1.0
+        return Plan(host, self._copies(residency, price=share * self.costs.copy_price))
 
     def place(self, layer: int, counts: NDArray[np.int64], residency: Residency) -> Placement:
         """Split the active experts so that both devices finish early; fetches overlap computing."""
         if layer == 0:
             self._note_copies(residency)  # once a pass is enough: few change within it
-        return place_by_finish(layer, counts, residency, self.costs, self._config.balance)
+        worth = None
+        if self.capacity.accelerator:
+            self._freshen(layer, counts)
+            worth = self._saved(ran=layer + 1)
+        return place_by_finish(layer, counts, residency, self.costs, self._config.balance, worth)
 
     def retention(self, tier: TierName, layer: int) -> Order:
         """Utility discounted by how far ahead the next use is: layer order is a clock.
 
         Layers still to come in this pass are valued by its tokens, those that have run by what a next window
-        may bring. The layer that runs is frozen.
+        may bring. The layer that runs is frozen. On the accelerator the value is in seconds saved, and what the
+        layer that runs does not use is the first to go.
         """
+        if tier == "accelerator" and self.capacity.accelerator:
+            return self._saved(ran=layer + 1)
         layers, experts = self.shape.layers, self.shape.experts
         runs, to_come = layer * experts, (layer + 1) * experts
         ahead = np.arange(layers) - layer
@@ -84,8 +100,14 @@ class MoeSpacPolicy(Policy):
     def observe(self, observation: Observation) -> None:
         """Teach the sensors; where nobody plans (stock generate), expect what the averages say."""
         self._demand.observe(observation)
+        window = observation.window
+        if not window.prefill:
+            self._drafts_ahead = window.drafted > 0
+            self._pass_tokens += (
+                len(window.tokens) - self._pass_tokens
+            ) / self._config.balance.pass_tokens_memory
         if not self._planned:
-            self._expect(self._demand.rate())
+            self._expect(self._demand.rate(), 1)
         self._planned = False
 
     def save_profile(self, path: Path, model: str = "") -> None:
@@ -95,13 +117,48 @@ class MoeSpacPolicy(Policy):
     def load_profile(self, path: Path, model: str = "") -> None:
         """Begin from a kept profile; one that cannot be used is skipped with a warning."""
         if profile.load(path, self._demand, model):
-            self._expect(self._demand.rate())
+            self._expect(self._demand.rate(), 1)
 
-    def _expect(self, demand: Rates) -> None:
-        """``demand``: routings per window token to expect in the pass to come."""
+    def _expect(self, demand: Rates, tokens: int) -> None:
+        """``demand``: routings per window token to expect in the pass to come, of so many tokens."""
         self._utility.observe(demand)
+        rate = self._demand.rate()
         self._now = self._utility.order(demand)
-        self._later = self._utility.order(self._demand.rate())
+        self._later = self._utility.order(rate)
+        if self.capacity.accelerator:
+            lasting = self._lasting = self._demand.lasting()
+            unknown = max(self._pass_tokens - tokens, 0.0) if self._drafts_ahead else 0.0
+            coming = (tokens * demand + unknown * lasting) / (tokens + unknown)
+            self._saved_by_rate = SavedSeconds(self._pass_tokens, self.costs)
+            later = self._saved_by_rate(lasting)
+            passes = self._config.balance.horizon_passes
+            self._saved_after = passes * later  # from the next pass on
+            now = SavedSeconds(tokens + unknown, self.costs)(coming)
+            self._saved_with_now = self._saved_after - later + now
+
+    def _freshen(self, layer: int, counts: NDArray[np.int64]) -> None:
+        """What the layer's routing has just shown, for what it leaves on the accelerator."""
+        tokens = max(int(counts.sum()) / self.shape.top_k, 1.0)
+        mine = slice(layer * self.shape.experts, (layer + 1) * self.shape.experts)
+        seen = (counts / tokens).astype(np.float32)
+        lasting = self._lasting[mine]
+        lasting += np.float32(self._demand.lasting_step(tokens)) * (seen - lasting)
+        self._saved_after[mine] = self._config.balance.horizon_passes * self._saved_by_rate(lasting)
+
+    def _saved(self, ran: int) -> NDArray[np.float64]:
+        """(layers * experts,) seconds that each expert on the accelerator saves while it stays there, as far as
+        that can be foreseen; the first ``ran`` layers have had their turn in this pass."""
+        to_come = ran * self.shape.experts
+        return np.concatenate([self._saved_after[:to_come], self._saved_with_now[to_come:]])
+
+    def _copies(self, residency: Residency, price: float) -> Ids:
+        """Experts to copy to the accelerator, most useful first; those that replace others are at or above their
+        layer's threshold."""
+        ids = worth_copying(self._saved(ran=0), residency, price)
+        used = residency.accelerator | residency.arriving_accelerator
+        free = self.capacity.accelerator - int(np.count_nonzero(used))
+        held = self._utility.highest >= self._thresholds["accelerator"][:, None]
+        return ids[(np.arange(len(ids)) < free) | held.ravel()[ids]]
 
     def _note_copies(self, residency: Residency) -> None:
         on_accelerator = residency.accelerator.ravel()
@@ -118,16 +175,15 @@ class MoeSpacPolicy(Policy):
             values = layer_costs(levels, expected, resident, self.costs, highest, self._config.balance)
             self._thresholds[tier] = choose_thresholds(values, weights, slots, self._config.balance)
 
-    def _wanted(self, tier: TierName, present: Grid, slots: int, source: Grid | None = None) -> Ids:
-        """Experts to bring into ``tier``, most useful first: as many as it has free slots, and beyond those
+    def _reads(self, present: Grid) -> Ids:
+        """Experts to bring into host memory, most useful first: as many as it has free slots, and beyond those
         only experts at or above their layer's threshold that beat the experts they would replace."""
-        value = self.retention(tier, layer=-1)
-        held = self._utility.highest >= self._thresholds[tier][:, None]
+        value = self.retention("host", layer=-1)
+        held = self._utility.highest >= self._thresholds["host"][:, None]
         victims = np.sort(value[present.ravel()])
-        free = max(slots - len(victims), 0)
-        absent = ~present if source is None else ~present & source
-        utility = self._config.utility
-        margin = utility.prefetch_margin if tier == "host" else utility.copy_margin
+        free = max(self.capacity.host - len(victims), 0)
+        absent = ~present
+        margin = self._config.utility.prefetch_margin
         if not free:
             absent = absent & held & (value.reshape(held.shape) > margin * victims[0])
         candidates = np.flatnonzero(absent)

@@ -93,12 +93,28 @@ class DemandSensor:
         self._last = RoutingRate(rate, self._config.last_tokens)
         self._fast = RoutingRate(rate, self._config.fast_tokens)
         self._slow = RoutingRate(rate, self._config.slow_tokens)
+        self._passage = RoutingRate(rate, self._config.passage_tokens)
 
     def rate(self) -> Rates:
         """(layers * experts,) routings to expect of a token that is not known."""
         share, floor = self._config.fast_share, self._config.floor
         recent = share * self._fast.rate + (1 - share) * self._slow.rate
         return (1 - floor) * recent + floor * self.long_run
+
+    def lasting(self) -> Rates:
+        """(layers * experts,) routings to expect of each of the next dozens of tokens, none of which is known."""
+        fast, passage = self._config.lasting_fast, self._config.lasting_passage
+        return (
+            fast * self._fast.rate
+            + passage * self._passage.rate
+            + np.float32(1 - fast - passage) * self.long_run
+        )
+
+    def lasting_step(self, tokens: float) -> float:
+        """How far ``tokens`` tokens move ``lasting``."""
+        config = self._config
+        fast = config.lasting_fast * (1 - np.exp(-tokens / config.fast_tokens))
+        return float(fast + config.lasting_passage * (1 - np.exp(-tokens / config.passage_tokens)))
 
     def expected(self, window: Window) -> Expectation:
         """What ``window`` will need, by its tokens, the recent routing and the long-run rate."""
@@ -118,7 +134,7 @@ class DemandSensor:
         kept = len(window.tokens) - window.drafted + observation.accepted
         routed = self._flat(observation.routing[:, :kept])  # (kept, layers * k)
         self._compare(window.tokens, routed)
-        for average in (self._last, self._fast, self._slow):
+        for average in (self._last, self._fast, self._passage, self._slow):
             average.observe(routed, kept)
         for start in range(0, kept, _CHUNK):
             self._learn(window.tokens[start : min(start + _CHUNK, kept)], routed[start : start + _CHUNK])

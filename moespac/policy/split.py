@@ -3,19 +3,24 @@
 The finish times that are minimised:
 - the host computes one expert after the other, those in its memory first, then as reads arrive;
 - the accelerator computes what it holds, then what is arriving, then what the link copies, one by one;
+- a copy reads the host's memory, so the host computes slower beside it (``CostModel.copy_toll``);
 - storage reads one record after the other, for the accelerator (which has the longer way) before the host.
+
+A copy that is made for this layer stays: what it saves in passes to come (``Stakes``) is set against the time that
+it takes now. Of two assignments that finish nearly together, that one is taken which leaves the better memory.
 """
 
 from __future__ import annotations
 
 import math
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moespac.config import BalanceConfig
-from moespac.policy.cost import CostModel
+from moespac.policy.cost import CostModel, Seconds
 from moespac.types import Ids, Placement, Residency
 
 
@@ -28,19 +33,56 @@ class State(IntEnum):
     STORAGE = 3
 
 
+class Stakes(NamedTuple):
+    """What copies change beyond the layer that they are made for, in seconds saved in passes to come."""
+
+    worth: Seconds  # (n,) of having each expert on the accelerator
+    given_up: Seconds  # (m,) of the experts that make way, the first to go first
+
+
 def place_by_finish(
-    layer: int, counts: NDArray[np.int64], residency: Residency, costs: CostModel, config: BalanceConfig
+    layer: int,
+    counts: NDArray[np.int64],
+    residency: Residency,
+    costs: CostModel,
+    config: BalanceConfig,
+    worth: Seconds | None = None,
 ) -> Placement:
-    """The placement of ``layer``'s active experts by earliest finish: what is near first, then the most work."""
+    """The placement of ``layer``'s active experts by earliest finish: what is near first, then the most work.
+
+    ``worth`` (layers * experts,) is what each expert saves in passes to come while it is on the accelerator,
+    seconds; None: only this layer counts.
+    """
     active = np.flatnonzero(counts)
     tokens, states = counts[active], _states(layer, active, residency)
-    ordered = np.lexsort((-tokens, states))
-    active, tokens, states = active[ordered], tokens[ordered], states[ordered]
     ids = layer * len(counts) + active
-    if not residency.capacity.accelerator:
+    missed = states >= State.HOST
+    pull = -tokens.astype(np.float64)
+    if worth is not None and missed.any():
+        pull[missed] = -(costs.host_expert(tokens[missed]) + worth[ids[missed]])
+    ordered = np.lexsort((pull, states))
+    ids, tokens, states = ids[ordered], tokens[ordered], states[ordered]
+    slots = residency.capacity.accelerator
+    if not slots:
         return Placement(ids)
-    there = split(tokens, states, costs, config, residency.capacity.accelerator)
+    stakes = None
+    if worth is not None and len(ids) and states[-1] >= State.HOST:
+        copies = int(np.count_nonzero(states >= State.HOST))
+        stakes = Stakes(worth[ids], _least(worth, ids, residency, copies))
+    there = split(tokens, states, costs, config, slots, stakes)
     return Placement(host=ids[~there], accelerator=ids[there])
+
+
+def _least(worth: Seconds, active: Ids, residency: Residency, number: int) -> Seconds:
+    """What the next ``number`` slots that copies take are worth as they are: free ones nothing."""
+    held = residency.accelerator.ravel()
+    others = held.copy()
+    others[active] = False  # in use now: nothing is taken from the layer that runs
+    values = worth[others]
+    taken = np.count_nonzero(held) + np.count_nonzero(residency.arriving_accelerator)
+    free = min(max(residency.capacity.accelerator - int(taken), 0), number)
+    least = values if len(values) <= number else np.partition(values, number - 1)[:number]
+    return np.concatenate([np.zeros(free), np.sort(least)])[:number]
 
 
 def _states(layer: int, active: Ids, residency: Residency) -> NDArray[np.int64]:
@@ -52,68 +94,90 @@ def _states(layer: int, active: Ids, residency: Residency) -> NDArray[np.int64]:
 
 
 def split(
-    counts: NDArray[np.int64], states: NDArray[np.int64], costs: CostModel, config: BalanceConfig, slots: int
+    counts: NDArray[np.int64],
+    states: NDArray[np.int64],
+    costs: CostModel,
+    config: BalanceConfig,
+    slots: int,
+    stakes: Stakes | None = None,
 ) -> NDArray[np.bool_]:
-    """Which experts the accelerator computes, (n,): the assignment of least makespan.
+    """Which experts the accelerator computes, (n,): the assignment of least makespan, less what copies are worth.
 
     ``counts`` (n,) tokens of each active expert, ``states`` (n,) its ``State``, sorted by state, then by
-    tokens descending; at most ``slots`` go to the accelerator. Experts equal in both are alike: assignments
-    are enumerated by how many of each class go there: exact while those are at most ``config.exact_splits``,
-    else the best prefix of the experts in their order.
+    tokens descending (with ``stakes``: by what a copy spares the host, now and later); at most ``slots`` go to the
+    accelerator. Experts that nothing tells apart are alike: assignments are enumerated by how many of each class
+    go there: exact while those are at most ``config.exact_splits``, else the best prefix of the experts in
+    their order.
     """
     if not len(counts):
         return np.zeros(0, np.bool_)  # some families may route a layer nothing
-    changes = np.flatnonzero((states[1:] != states[:-1]) | (counts[1:] != counts[:-1])) + 1
+    differ = (states[1:] != states[:-1]) | (counts[1:] != counts[:-1])
+    if stakes is not None:
+        differ |= (stakes.worth[1:] != stakes.worth[:-1]) & (states[1:] >= State.HOST)
+    changes = np.flatnonzero(differ) + 1
     begins = np.concatenate([[0], changes])
     sizes = np.concatenate([changes, [len(counts)]]) - begins
     ways = tuple((sizes + 1).tolist())
     if math.prod(ways) > config.exact_splits:
-        return np.arange(len(counts)) < _best_prefix(counts, states, costs, slots)
+        return np.arange(len(counts)) < _best_prefix(counts, states, costs, slots, stakes)
     choices = np.stack(np.unravel_index(np.arange(math.prod(ways)), ways), axis=1)
     if len(counts) > slots:
         choices = choices[choices.sum(axis=1) <= slots]
-    best = choices[makespans(choices, sizes, counts[begins], states[begins], costs).argmin()]
+    seconds = makespans(choices, sizes, counts[begins], states[begins], costs)
+    if stakes is not None:
+        copied = choices[:, states[begins] >= State.HOST]
+        given_up = np.concatenate([[0.0], np.cumsum(stakes.given_up)])
+        number = np.minimum(copied.sum(axis=1), len(given_up) - 1)
+        seconds += given_up[number] - copied @ stakes.worth[begins][states[begins] >= State.HOST]
+    best = choices[seconds.argmin()]
     return np.arange(len(counts)) < np.repeat(begins + best, sizes)
 
 
-def _best_prefix(counts: NDArray[np.int64], states: NDArray[np.int64], costs: CostModel, slots: int) -> int:
-    """How many experts, from the first, go to the accelerator for the least makespan.
+def _best_prefix(
+    counts: NDArray[np.int64],
+    states: NDArray[np.int64],
+    costs: CostModel,
+    slots: int,
+    stakes: Stakes | None,
+) -> int:
+    """How many experts, from the first, go to the accelerator: least makespan, less what copies are worth."""
+    most = min(slots, len(counts))
+    mine, copied = states[:most], states[:most] > State.ARRIVING
+    flying, copies = int(np.count_nonzero(states == State.ARRIVING)), np.cumsum(copied)
+    seconds = costs.accelerator_expert(counts[:most])
+    there = np.zeros(most)  # when each is there; what is flying arrives, wanted or not
+    there[mine == State.ARRIVING] = (
+        costs.link * np.arange(1, flying + 1)[: np.count_nonzero(mine == State.ARRIVING)]
+    )
+    read = costs.storage * np.cumsum(mine == State.STORAGE)
+    begin = np.maximum.accumulate(np.maximum(read - (copies - 1) * costs.link, flying * costs.link))
+    there[copied] = (begin + copies * costs.link)[copied]
+    done = _one_by_one(there, seconds)
 
-    Plain floats in two sweeps: at these sizes a loop is several times faster than a matrix of all prefixes.
-    """
-    on_host = costs.host_expert(counts).tolist()
-    on_accelerator = costs.accelerator_expert(counts).tolist()
-    first_stored = int(np.searchsorted(states, State.STORAGE))
-    n = len(on_host)
+    work = costs.host_expert(counts)
+    work = np.cumsum(work[::-1])[::-1]  # of each and those after it
+    if states[-1] == State.STORAGE:  # whichever device the reads before it serve
+        work = work + costs.storage * np.cumsum(states == State.STORAGE)
+        work = np.maximum.accumulate(work[::-1])[::-1]
+    host = np.append(work, 0.0)[: most + 1]
+    copying = costs.link * np.concatenate([[flying], flying + copies])
+    total = np.maximum(_beside(host, copying, costs.copy_toll), np.concatenate([[0.0], done]))
+    if stakes is not None:
+        given_up = np.concatenate([[0.0], np.cumsum(stakes.given_up)])
+        saved = np.cumsum(stakes.worth[:most] * copied) - given_up[np.minimum(copies, len(given_up) - 1)]
+        total[1:] -= saved
+    return int(total.argmin())
 
-    host = [0.0] * (n + 1)  # host[p]: when the host is done with experts p..n-1
-    work, read = 0.0, costs.storage
-    for i in range(n - 1, -1, -1):
-        work += on_host[i]
-        ready = (i - first_stored + 1) * read  # whichever device the reads before it serve
-        host[i] = max(host[i + 1], ready + work) if i >= first_stored else max(host[i + 1], work)
 
-    best, least = 0, host[0]
-    done = reads = arriving = 0.0
-    link = costs.link * int(np.count_nonzero(states == State.ARRIVING))  # they arrive, wanted or not
-    copy, here = costs.link, int(State.ACCELERATOR)
-    stored, flying = int(State.STORAGE), int(State.ARRIVING)
-    for i, state in enumerate(states[:slots].tolist()):
-        if state == here:
-            done += on_accelerator[i]
-        elif state == flying:
-            arriving += copy
-            done = max(done, arriving) + on_accelerator[i]
-        else:
-            if state == stored:
-                reads += read
-            link = max(link, reads) + copy
-            done = max(done, link) + on_accelerator[i]
-        if done >= least:
-            break  # more experts only make it later
-        if host[i + 1] < least:
-            best, least = i + 1, max(done, host[i + 1])
-    return best
+def _one_by_one(there: Seconds, seconds: Seconds) -> Seconds:
+    """When a device is done with each of a row of experts that come at these times and take ``seconds``."""
+    done = np.cumsum(seconds)
+    return done + np.maximum.accumulate(there - (done - seconds))
+
+
+def _beside(busy: Seconds, copying: Seconds, toll: float) -> Seconds:
+    """When the host is done with ``busy`` seconds of work, of which the first ``copying`` run beside copies."""
+    return np.minimum(busy * toll, busy + copying * (1 - 1 / toll))
 
 
 def makespans(
@@ -136,6 +200,9 @@ def makespans(
     reads = _number(there[:, storage:])
     by_host = here[:, :storage] @ seconds[:storage]
     by_host = _run(by_host, here[:, storage:], seconds[storage:], [(reads * costs.storage, costs.storage)])
+
+    copying = (sizes[arriving:host].sum() + _number(there[:, host:])) * costs.link
+    by_host = _beside(by_host, copying, costs.copy_toll)
 
     seconds = costs.accelerator_expert(tokens)
     busy = there[:, :arriving] @ seconds[:arriving]

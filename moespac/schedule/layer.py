@@ -160,10 +160,15 @@ class LayerRun:
         most = self._devices.host_threads if side.missing else len(side.ready)
         experts = list(islice(side.ready, most))
         names = " ".join(expert_name(expert, len(self._counts)) for expert in experts)
+        copying = self._memory.copying
         with self._clock.measure("host_experts", names):
             seconds = self._devices.compute_on_host(experts, [side.tier.slot(expert) for expert in experts])
+        still_copying = self._memory.copying
         for expert, spent in zip(experts, seconds.tolist(), strict=True):
-            self._costs.observe_host(self._tokens(expert), spent)
+            if not copying:
+                self._costs.observe_host(self._tokens(expert), spent)
+            elif still_copying:
+                self._costs.observe_host_beside_copy(self._tokens(expert), spent)
             side.ready.popleft()
             side.tier.release(expert)
 

@@ -69,7 +69,15 @@ class ExpertMemory:
     # ---- ahead of need -------------------------------------------------------------------------------
 
     def follow(self, plan: Plan) -> None:
-        """Make ``plan`` the prefetches to come; what an earlier plan left undone is forgotten."""
+        """Make ``plan`` the prefetches to come; what an earlier plan left undone is forgotten, and of its copies
+        those are taken back that nobody has begun."""
+        listed = set(plan.accelerator.tolist())
+        for (name, expert), flight in list(self._flights.items()):
+            stale = name == "accelerator" and expert not in listed and not flight.demanded
+            if stale and flight.ticket.cancel():
+                del self._flights[name, expert]
+                flight.tier.abort(expert)
+                self.host.release(expert)
         self._ahead["host"] = deque(plan.host.tolist())
         self._ahead["accelerator"] = deque(plan.accelerator.tolist())
 
@@ -151,6 +159,13 @@ class ExpertMemory:
         if failed is not None:
             raise failed
         return arrived
+
+    @property
+    def copying(self) -> bool:
+        """Whether a copy to the accelerator is running now."""
+        return any(
+            name == "accelerator" and not flight.ticket.done for (name, _), flight in self._flights.items()
+        )
 
     def quiesce(self) -> None:
         """Wait until nothing is in flight; a failed transfer only leaves its slot empty."""

@@ -8,17 +8,18 @@ time, transfers and arithmetic are virtual (``sim.machine``). ``Simulation._step
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moespac.config import EngineConfig, SimulationConfig
+from moespac.config import EngineConfig, PolicyConfig, SimulationConfig
 from moespac.errors import ConfigError
 from moespac.policy.base import Policy, Sensor
 from moespac.policy.baselines.belady import BeladyPolicy
+from moespac.policy.cost import CostModel
 from moespac.policy.planner import MoeSpacPolicy
 from moespac.policy.registry import make_policy
 from moespac.schedule.layer import LayerRun
@@ -33,9 +34,10 @@ from moespac.sim.texts import DrawnText, RecordedText, Text
 from moespac.speculate.governor import FixedWindow, Governor
 from moespac.timeline import Record, Tape, ignore
 from moespac.trace.schema import Trace
-from moespac.types import Capacity, Observation, Plan, Window
+from moespac.types import Capacity, ModelShape, Observation, Plan, Window
 
 DraftSource = Literal["model", "lookup"]
+PolicyFactory = Callable[[ModelShape, Capacity, CostModel, PolicyConfig], Policy]
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,12 @@ def simulate(
     results = {k: attempt(k) for k in windows}
     best = max(windows, key=lambda k: results[k].tokens_per_second)
     return results[best] if record is ignore else attempt(best, record)
+
+
+def build(factory: PolicyFactory, setting: Setting) -> Policy:
+    """A policy for the world of ``setting``."""
+    shape, method = setting.model.to_model_shape(), setting.engine.method
+    return factory(shape, setting.capacity, CostModel(method.cost, shape.record_bytes), method)
 
 
 def run(
@@ -185,7 +193,7 @@ class Simulation:
         seen = text.read(min(self._governor.choose(), text.room()))
         self._draft(seen)
         drafted = self._clock.now()
-        if seen.window.drafted:
+        if seen.window.drafted or self._policy.counts_on_draft:
             self._plan(seen.window)
         self._verify(seen)
         if not seen.window.prefill:
@@ -283,7 +291,10 @@ class Simulation:
         if self._setting.capacity.accelerator:
             costs.observe_link(hardware.link_seconds(model.expert_bytes))
         for tokens in range(1, self._window + 2):
-            costs.observe_host(tokens, self._machine.expert_host_seconds(tokens))
+            alone = self._machine.expert_host_seconds(tokens)
+            costs.observe_host(tokens, alone)
+            if self._setting.capacity.accelerator:
+                costs.observe_host_beside_copy(tokens, alone / hardware.rates_together().host)
             if self._setting.capacity.accelerator:
                 costs.observe_accelerator(tokens, self._machine.expert_accelerator_seconds(tokens))
 

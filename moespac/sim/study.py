@@ -10,7 +10,7 @@ from typing import Any
 from moespac.policy.baselines.belady import BeladyPolicy
 from moespac.sim.capacity import excess_bytes
 from moespac.sim.result import SimResult
-from moespac.sim.simulator import Setting, simulate
+from moespac.sim.simulator import PolicyFactory, Setting, build, check_fit, run, simulate
 from moespac.trace.schema import Trace
 
 
@@ -21,6 +21,7 @@ class Task:
     policy: str
     setting: Setting
     sequences: tuple[int, ...]
+    factory: PolicyFactory | None = None  # what stands for ``policy``; None: what has that name
 
 
 def simulate_all(
@@ -44,7 +45,10 @@ def simulate_all(
 
 
 def _simulate(trace: Trace, task: Task) -> SimResult:
-    return simulate(trace, task.policy, task.setting, task.sequences)
+    if task.factory is None:
+        return simulate(trace, task.policy, task.setting, task.sequences)
+    check_fit(trace, task.setting.model)
+    return run(build(task.factory, task.setting), trace, task.setting, task.sequences)
 
 
 def records(results: Sequence[SimResult], setting: Setting) -> list[dict[str, Any]]:

@@ -26,8 +26,10 @@ class Governor:
         self._drafted_at = 0  # the last pass that had drafts
         self._pass_seconds: dict[int, float] = {}  # running mean by tokens in the window
         self._timed_at: dict[int, int] = {}
+        self._last_tokens = 0  # of the last pass
         self._draft_seconds = 0.0  # of one token
         self._passes = 0
+        self._probes = 0
         self._last_best = most
         self._interval = config.probe_passes
         self._next_probe = config.probe_passes
@@ -58,8 +60,14 @@ class Governor:
         known = self._pass_seconds.get(tokens, pass_seconds)
         # One slow pass is a stall of the machine, not a property of K: it counts as at most twice the mean.
         seen = min(pass_seconds, 2 * known)
-        self._pass_seconds[tokens] = _towards(known, seen, self._step(self._timed_at.get(tokens, 0)))
+        mean = _towards(known, seen, self._step(self._timed_at.get(tokens, 0)))
+        if tokens == self._last_tokens:
+            # Caches warm up and texts change for windows of any size: what was measured long ago moves along.
+            for other in self._pass_seconds:
+                self._pass_seconds[other] *= mean / known
+        self._pass_seconds[tokens] = mean
         self._timed_at[tokens] = self._passes
+        self._last_tokens = tokens
 
     def rate(self, k: int) -> float:
         """Tokens per second to expect of windows with ``k`` drafts."""
@@ -70,12 +78,14 @@ class Governor:
         return max(range(self._most + 1), key=self.rate)
 
     def _probe(self, best: int) -> int:
-        """A neighbour of ``best``. Probes that change nothing become rare; a new best makes them frequent."""
-        self._interval = min(2 * self._interval, self._config.probe_passes_most)
+        """A neighbour of ``best``, each in turn. Probes that change nothing become rare, unless the two are so
+        close that a probe costs nothing; a new best makes them frequent."""
+        self._probes += 1
+        probed = 1 if best == 0 else best - 1 if self._probes % 2 or best == self._most else best + 1
+        if self.rate(probed) < (1 - self._config.close) * self.rate(best):
+            self._interval = min(2 * self._interval, self._config.probe_passes_most)
         self._next_probe = self._passes + self._interval
-        if best == 0:
-            return 1
-        return best - 1 if self._passes % 2 or best == self._most else best + 1
+        return probed
 
     def _step(self, last: int) -> float:
         """The weight of an observation whose like was last seen in pass ``last``: old knowledge counts less."""

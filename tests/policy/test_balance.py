@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from moespac.config import BalanceConfig, CostConfig
-from moespac.policy.balance import accelerator_costs, choose_thresholds, host_costs, slots_needed
+from moespac.policy.balance import (
+    SavedSeconds,
+    accelerator_costs,
+    choose_thresholds,
+    host_costs,
+    slots_needed,
+)
 from moespac.policy.cost import CostModel
 from tests.policy.small import SHAPE
 
@@ -91,3 +97,15 @@ def test_host_costs_by_hand() -> None:
     table = host_costs(levels, np.array([1e9, 1e9]), np.ones((1, 2), bool), costs, U, EXACT)
     computing = costs.host_expert(np.array([1e9]))[0] * 2
     np.testing.assert_allclose(table[0] - computing, [3, 3, 3, 3, 3, 6], rtol=1e-6, atol=1e-2)
+
+
+def test_what_an_expert_saves_by_hand() -> None:
+    costs = CostModel(CostConfig(), 1 << 20)
+    for tokens in (1, 2, 4):
+        costs.observe_host(tokens, 3.0)
+        costs.observe_accelerator(tokens, 1.0)
+    np.testing.assert_allclose(SavedSeconds(1, costs)(np.array([0, 0.5, 1])), [0, 1, 2])
+    np.testing.assert_allclose(SavedSeconds(2, costs)(np.array([0, 0.5, 1])), [0, 1.5, 2], rtol=1e-6)
+    costs.observe_accelerator(1, 9.0)
+    costs.observe_accelerator(1, 9.0)
+    assert not SavedSeconds(1, costs)(np.array([0.5])).any(), "a slower accelerator saves nothing"

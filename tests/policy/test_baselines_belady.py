@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from moespac.config import PolicyConfig
 from moespac.policy.base import Policy, Sensor
 from moespac.types import Capacity, Observation, Window
 from tests.policy.small import SHAPE, counts, make, resident, routing
 
+CONFIG = PolicyConfig()
 HOST_ONLY = Capacity(4)
 MACHINE = Capacity(SHAPE.total, 4)
 
@@ -67,12 +69,41 @@ def test_with_an_accelerator_host_memory_is_filled_behind_it() -> None:
     policy = make("belady", capacity)
     policy.reveal(PASSES)
     now = resident(capacity, host=[0, 8], accelerator=[0], arriving=[1])
-    plan = policy.plan(None, now)
-    np.testing.assert_array_equal(plan.accelerator, [8, 9])
+    plan = policy.plan(Window(np.array([1])), now)
     np.testing.assert_array_equal(plan.host, [9, 16, 17])
     value = policy.retention("host", -1)
     assert value.argmin() == 0, "the accelerator has it too"
-    assert policy.retention("accelerator", -1)[0] == 0
+
+
+def test_on_the_accelerator_experts_are_worth_the_seconds_that_they_save() -> None:
+    policy = make("belady", MACHINE)
+    policy.costs.observe_host(1, 1.0)
+    policy.costs.observe_accelerator(1, 0.25)
+    policy.reveal(PASSES)
+    later = CONFIG.baselines.clairvoyant_discount
+    saved = policy.retention("accelerator", -1)
+    assert saved[0] == pytest.approx(0.75 * (1 + later**2)), "in this pass, and in the third"
+    assert saved[2] == pytest.approx(0.75 * later)
+    assert policy.retention("accelerator", 0)[0] == pytest.approx(0.75 * later**2), (
+        "layer 0 has been dispatched"
+    )
+
+
+def test_a_copy_that_takes_more_than_it_saves_waits_for_a_draft() -> None:
+    policy = make("belady", MACHINE)
+    policy.costs.observe_host(1, 1.0)
+    policy.costs.observe_accelerator(1, 0.25)
+    policy.costs.observe_link(4.0)
+    policy.costs.observe_host_beside_copy(
+        1, 2.0
+    )  # a copy takes 2 seconds from the host, more than any use saves
+    drafted = [np.repeat(PASSES[0], 2, axis=1), *PASSES[1:]]
+    now = resident(MACHINE, range(SHAPE.total), [2, 3, 10, 11])
+    for passes, window in ((PASSES, [1]), (drafted, [1, 2])):
+        policy.reveal(passes)
+        assert not len(policy.plan(Window(np.array(window)), now).accelerator)
+    assert set(policy.plan(Window(np.array([1])), now).accelerator) <= {0, 1, 8, 9, 16, 17}
+    assert len(policy.plan(Window(np.array([1])), now).accelerator) == 4
 
 
 def test_it_splits_a_layer_between_the_devices() -> None:

@@ -55,3 +55,14 @@ def test_more_tokens_are_never_cheaper(measured: list[tuple[int, float]]) -> Non
         costs.observe_host(tokens, seconds)
     curve = costs.host_expert(np.arange(1, 6000, 7))
     assert (curve > 0).all() and (np.diff(curve) >= 0).all()
+
+
+def test_copies_take_bandwidth_from_the_host() -> None:
+    costs = CostModel(CostConfig(), MEGABYTE)
+    costs.observe_host(1, 1.0)
+    costs.observe_link(3.0)
+    assert (costs.copy_toll, costs.copy_price) == (1.0, 0.0), "until it is measured"
+    costs.observe_host_beside_copy(1, 1.5)
+    assert costs.copy_toll == pytest.approx(1.5)
+    assert costs.copy_price == pytest.approx(1.0), "in 3 seconds it does the work of 2"
+    assert costs.host_expert(np.array([1])) == pytest.approx([1.0]), "alone it is as fast as before"

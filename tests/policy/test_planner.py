@@ -115,7 +115,8 @@ def test_a_copy_in_the_accelerator_makes_the_host_copy_worth_less() -> None:
     policy.plan(Window(np.array([1, 2])), resident(capacity, host=[0, 1], accelerator=[0]))
     value = policy.retention("host", -1)
     assert value[0] == pytest.approx(CONFIG.utility.copy_worth * value[1], rel=0.05)
-    assert policy.retention("accelerator", -1)[0] > value[0]
+    saved = policy.retention("accelerator", -1)
+    assert saved[0] == pytest.approx(saved[1], rel=0.05), "there they are worth the same"
 
 
 def test_it_learns_without_being_asked_to_plan() -> None:

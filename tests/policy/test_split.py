@@ -7,7 +7,7 @@ import pytest
 
 from moespac.config import BalanceConfig, CostConfig
 from moespac.policy.cost import CostModel
-from moespac.policy.split import State, split
+from moespac.policy.split import Stakes, State, split
 
 EXACT = BalanceConfig(exact_splits=1 << 20)
 
@@ -20,6 +20,7 @@ def _machine(rng: np.random.Generator) -> CostModel:
     for tokens in (1, 2, 4, 8):
         costs.observe_host(tokens, rng.uniform(0.5, 2) * (1 + tokens / 2))
         costs.observe_accelerator(tokens, rng.uniform(0.05, 1) * (1 + tokens / 8))
+    costs.observe_host_beside_copy(1, float(costs.host_expert(np.array([1]))[0]) * rng.uniform(1, 3))
     return costs
 
 
@@ -55,7 +56,63 @@ def _simulate(on_accelerator: np.ndarray, counts: np.ndarray, states: np.ndarray
             reads += costs.storage
             ready = reads
         cpu = max(cpu, ready) + host[i]
-    return max(cpu, gpu)
+    copying = ((states == State.ARRIVING) | (on_accelerator & (states > State.ARRIVING))).sum() * costs.link
+    if cpu * costs.copy_toll <= copying:  # the host is done before the copies are
+        return max(cpu * costs.copy_toll, gpu)
+    return max(cpu + copying * (1 - 1 / costs.copy_toll), gpu)
+
+
+def _stakes(rng: np.random.Generator, counts: np.ndarray, states: np.ndarray, costs: CostModel) -> tuple:
+    """Random, and the instance in the order that ``split`` wants then."""
+    worth = rng.uniform(0, 2, len(counts))
+    pull = np.where(states >= State.HOST, costs.host_expert(counts) + worth, counts)
+    order = np.lexsort((-pull, states))
+    given_up = np.sort(rng.uniform(0, 1, len(counts)))
+    return counts[order], states[order], Stakes(worth[order], given_up)
+
+
+def _objective(bits: np.ndarray, counts, states, costs: CostModel, stakes: Stakes) -> float:
+    copied = bits & (states >= State.HOST)
+    return (
+        _simulate(bits, counts, states, costs)
+        - stakes.worth[copied].sum()
+        + stakes.given_up[: copied.sum()].sum()
+    )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_what_a_copy_is_worth_later_is_weighed_too(seed: int) -> None:
+    """All experts take as many tokens: the order in which they run does not matter then."""
+    rng = np.random.default_rng(seed)
+    costs, (_, states) = _machine(rng), _instance(rng)
+    counts, states, stakes = _stakes(rng, np.ones(len(states), np.int64), states, costs)
+    slots = int(rng.integers(1, len(counts) + 1))
+    there = split(counts, states, costs, EXACT, slots, stakes)
+    every = (np.array(bits) for bits in product([False, True], repeat=len(counts)))
+    best = min(_objective(bits, counts, states, costs, stakes) for bits in every if bits.sum() <= slots)
+    assert _objective(there, counts, states, costs, stakes) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_prefix_way_weighs_it_as_well(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    costs, (counts, states) = _machine(rng), _instance(rng, most=40)
+    counts, states, stakes = _stakes(rng, counts, states, costs)
+    slots = int(rng.integers(1, len(counts) + 1))
+    there = split(counts, states, costs, BalanceConfig(exact_splits=0), slots, stakes)
+    prefixes = [np.arange(len(counts)) < p for p in range(slots + 1)]
+    best = min(_objective(prefix, counts, states, costs, stakes) for prefix in prefixes)
+    assert _objective(there, counts, states, costs, stakes) == pytest.approx(best)
+
+
+def test_a_miss_that_will_come_again_is_copied_even_if_the_layer_takes_longer() -> None:
+    costs = CostModel(CostConfig(host_bandwidth=20e9, link_bandwidth=10e9), record_bytes=10 << 20)
+    one, missed = np.array([1]), np.array([int(State.HOST)])
+    for worth, copied in ((0.1e-3, False), (5e-3, True)):
+        there = split(one, missed, costs, EXACT, 1, Stakes(np.array([worth]), np.zeros(1)))
+        assert bool(there[0]) is copied
+    dear = Stakes(np.array([5e-3]), np.array([5e-3]))
+    assert not split(one, missed, costs, EXACT, 1, dear)[0], "what makes way is worth as much"
 
 
 @pytest.mark.parametrize("seed", range(60))

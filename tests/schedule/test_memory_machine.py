@@ -282,3 +282,26 @@ def test_the_source_of_a_copy_stays_until_the_copy_is_done() -> None:
     memory.quiesce()
     assert (memory.record(memory.accelerator, 0) == FakeStore.pattern(0)).all()
     memory.close()
+
+
+def test_a_new_plan_takes_back_copies_that_nobody_has_begun() -> None:
+    memory = Memory(FakeStore(LAYERS, EXPERTS), host=6, device=3, asynchronous=True)
+    for expert in (0, 1, 2):
+        memory.demand_host(expert, ranks)
+    memory.quiesce()
+    gate = threading.Event()
+    hold_copies(memory.device, gate)
+    memory.follow(Plan(accelerator=np.array([2, 1, 0])))
+    memory.pump(ranks)
+    assert memory.accelerator.filling[[0, 1, 2]].all() and memory.copying
+    while not memory._flights["accelerator", 2].ticket._taken:
+        time.sleep(1e-3)
+    memory.follow(Plan(accelerator=np.array([1])))
+    assert memory.accelerator.filling[[0, 1, 2]].tolist() == [False, True, True], "2 has begun, 1 is still wanted"
+    memory.check_integrity()
+    gate.set()
+    memory.quiesce()
+    assert not memory.copying
+    assert np.flatnonzero(memory.accelerator.ready).tolist() == [1, 2]
+    assert not memory.host._pins.any()
+    memory.close()

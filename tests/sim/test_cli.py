@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from moespac.bench.ablation import PARTS
 from moespac.cli import app
 from moespac.policy.registry import SIMULATOR_POLICIES
 from moespac.sim.shapes import named_model
@@ -167,3 +168,30 @@ def test_the_papers_table(trace: Path, tmp_path: Path) -> None:
     for words in ("mt_bench", "humaneval", "25.06", "17.66", "15.23", "12.15", "1.42", "4.04", "█"):
         assert words in result.stdout
     assert (tmp_path / "paper-17.png").exists()
+
+
+def test_published_figures_beside_simulated_ones(tmp_path: Path) -> None:
+    """A few tokens: what is fitted must fit, the other rows only need to be there."""
+    file = tmp_path / "validity.json"
+    result = run("bench", "validity", "--tokens", 2, "--sequences", 1, "--jobs", 1, "--json", file)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(file.read_text())
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["simulated"] / row["published"])
+    fits = {row["machine"]: row["ratio"] for row in rows if row["system"] == "llama.cpp"}
+    assert fits == pytest.approx({"rtx4090-pcie4": 1, "rtx5070ti-16gb": 1}, abs=0.02)
+    python, native = (row["simulated"] for row in rows if row["system"] == "hybrimoe")
+    assert python < native
+    assert "12.15" in result.stdout and "118.80" in result.stdout
+
+
+def test_each_part_is_taken_out(trace: Path, tmp_path: Path) -> None:
+    file = tmp_path / "ablation.json"
+    arguments = ("--model-shape", SHAPE, "--cache", "17%", "--tokens", 6, "--window", 2, "--jobs", 1)
+    result = run("bench", "ablation", trace, *arguments, "--json", file)
+    assert result.exit_code == 0, result.output
+    rows = {row["without"]: row for row in json.loads(file.read_text())}
+    assert list(rows) == [part.name for part in PARTS]
+    assert rows["speculation"]["drafted"] == 0 < rows["governor of K"]["drafted"]
+    assert len({(row["seconds"]["total"], row["link_bytes"]) for row in rows.values()}) > 5
+    assert "rtx9090" in refused(run("bench", "ablation", trace, "--hardware", "rtx9090"))

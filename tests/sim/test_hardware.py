@@ -116,6 +116,13 @@ def test_the_papers_unknown_cpu_is_what_llama_cpp_says() -> None:
     assert profile.host_bandwidth == pytest.approx(fitted, rel=0.002)
 
 
+def test_freetokens_unknown_cpu_is_what_llama_cpp_says() -> None:
+    profile, model = find_profile("rtx5070ti-16gb"), named_model("qwen3-30b-a3b-q4")
+    assert profile.sources["host_bandwidth"].startswith("UNKNOWN")
+    fitted = fit_host_bandwidth(profile, model, tokens_per_second=46.3, resident=0.5)
+    assert profile.host_bandwidth == pytest.approx(fitted, rel=0.002)
+
+
 def test_the_fit_inverts_the_model() -> None:
     """With the fitted bandwidth a token takes as long as it should: 9.6 layers fit, so 9 are on the GPU."""
     machine = replace(MACHINE, host_bandwidth=fit_host_bandwidth(MACHINE, QWEN, 10.0, resident=0.2))
