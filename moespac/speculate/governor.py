@@ -36,8 +36,9 @@ class Governor:
 
     def choose(self) -> int:
         """K for the next window: the best as far as is known, now and then a neighbour to know more."""
-        for first in (min(2, self._most), 0, self._most):  # a line needs points: few, none, many
-            if first + 1 not in self._pass_seconds and self._passes < self._config.first_passes:
+        # A line needs points: few, none, many; none once more, for the first passes find cold caches.
+        for first, times in ((min(2, self._most), 1), (0, 1), (self._most, 1), (0, 2)):
+            if self._times.get(first + 1, 0) < times and self._passes < self._config.first_passes:
                 return first
         best = self._best()
         if best != self._last_best:
