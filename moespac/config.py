@@ -323,9 +323,10 @@ class GovernorConfig:
     )
     first_passes: int = 6  # in which few, no and many drafts are measured once
     probe_passes: int = (
-        16  # then a neighbour of the best is tried after this many passes, ever more rarely ...
+        8  # then a neighbour of the best is tried after this many passes, ever more rarely ...
     )
     probe_passes_most: int = 64  # ... down to this: probes of a hopeless K then cost some 1%
+    margin: float = 0.02  # by which drafting must be faster than not to draft
     close: float = 0.1  # K whose rates differ by less are compared as often as ever: neither costs much
     token_share: float = (
         0.5  # of a token's share of a pass, what one more costs where no size near was measured

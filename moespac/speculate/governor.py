@@ -26,7 +26,7 @@ class Governor:
         self._drafted_at = 0  # the last pass that had drafts
         self._pass_seconds: dict[int, float] = {}  # running mean by tokens in the window
         self._timed_at: dict[int, int] = {}
-        self._last_tokens = 0  # of the last pass
+        self._times: dict[int, int] = {}  # how often each size was measured
         self._draft_seconds = 0.0  # of one token
         self._passes = 0
         self._probes = 0
@@ -36,8 +36,9 @@ class Governor:
 
     def choose(self) -> int:
         """K for the next window: the best as far as is known, now and then a neighbour to know more."""
-        for first in (min(2, self._most), 0, self._most):  # a line needs points: few, none, many
-            if first + 1 not in self._pass_seconds and self._passes < self._config.first_passes:
+        # A line needs points: few, none, many; none once more, for the first passes find cold caches.
+        for first, times in ((min(2, self._most), 1), (0, 1), (self._most, 1), (0, 2)):
+            if self._times.get(first + 1, 0) < times and self._passes < self._config.first_passes:
                 return first
         best = self._best()
         if best != self._last_best:
@@ -60,14 +61,11 @@ class Governor:
         known = self._pass_seconds.get(tokens, pass_seconds)
         # One slow pass is a stall of the machine, not a property of K: it counts as at most twice the mean.
         seen = min(pass_seconds, 2 * known)
-        mean = _towards(known, seen, self._step(self._timed_at.get(tokens, 0)))
-        if tokens == self._last_tokens:
-            # Caches warm up and texts change for windows of any size: what was measured long ago moves along.
-            for other in self._pass_seconds:
-                self._pass_seconds[other] *= mean / known
-        self._pass_seconds[tokens] = mean
+        times = self._times[tokens] = self._times.get(tokens, 0) + 1
+        # A plain mean at first: the very first passes of a text find cold caches, and must not count for long.
+        step = max(self._step(self._timed_at.get(tokens, 0)), 1 / times)
+        self._pass_seconds[tokens] = _towards(known, seen, step)
         self._timed_at[tokens] = self._passes
-        self._last_tokens = tokens
 
     def rate(self, k: int) -> float:
         """Tokens per second to expect of windows with ``k`` drafts."""
@@ -75,7 +73,9 @@ class Governor:
         return tokens / (self._seconds(k + 1) + k * self._draft_seconds)
 
     def _best(self) -> int:
-        return max(range(self._most + 1), key=self.rate)
+        """Drafting must be seen to pay: wrong drafts also disturb what memory holds, which no one pass shows."""
+        best = max(range(1, self._most + 1), key=self.rate)
+        return best if self.rate(best) > (1 + self._config.margin) * self.rate(0) else 0
 
     def _probe(self, best: int) -> int:
         """A neighbour of ``best``, each in turn. Probes that change nothing become rare, unless the two are so

@@ -16,7 +16,9 @@ def test_free_slots_take_the_best_whatever_they_save() -> None:
     np.testing.assert_array_equal(worth_copying(WORTH, now, price=100.0), [0, 2])
 
 
-@pytest.mark.parametrize(("price", "copied"), [(0.0, [0, 1]), (2.9, [0, 1]), (3.0, [0]), (4.5, [0]), (5.0, [])])
+@pytest.mark.parametrize(
+    ("price", "copied"), [(0.0, [0, 1]), (2.9, [0, 1]), (3.0, [0]), (4.5, [0]), (5.0, [])]
+)
 def test_a_swap_must_save_its_price(price: float, copied: list[int]) -> None:
     """Expert 0 would replace 5 (6 - 1 seconds), 1 would replace 4 (5 - 2), 2 would replace itself."""
     now = resident(Capacity(SHAPE.total, 3), host=range(SHAPE.total), accelerator=[2, 4, 5])

@@ -297,7 +297,9 @@ def test_a_new_plan_takes_back_copies_that_nobody_has_begun() -> None:
     while not memory._flights["accelerator", 2].ticket._taken:
         time.sleep(1e-3)
     memory.follow(Plan(accelerator=np.array([1])))
-    assert memory.accelerator.filling[[0, 1, 2]].tolist() == [False, True, True], "2 has begun, 1 is still wanted"
+    assert memory.accelerator.filling[[0, 1, 2]].tolist() == [False, True, True], (
+        "2 has begun, 1 is still wanted"
+    )
     memory.check_integrity()
     gate.set()
     memory.quiesce()
