@@ -1,4 +1,4 @@
-"""Progress bars on stderr."""
+"""Progress bars on stderr, on a terminal only."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 @contextmanager
 def counting(title: str) -> Iterator[Callable[[int, int], None]]:
     """Yields a function that is told how many of how many are done."""
+    console = Console(stderr=True)
+    if not console.is_terminal:  # a log file is no place for bars
+        yield lambda done, total: None
+        return
     columns = TextColumn(title, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=console) as bar:
         task = bar.add_task(title)
         yield lambda done, total: bar.update(task, completed=done, total=total)
