@@ -199,6 +199,17 @@ class TimelineConfig:
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    """From where on `moespac doctor` speaks up. Bytes, bytes/s."""
+
+    slow_memory: float = 8e9  # half of what one thread of an ordinary desktop reads
+    little_free: float = 0.2  # of all host memory
+    much_swap: int = 1 << 30  # less is what systems swap out of idle programs
+    slow_storage: float = 5e8  # below SATA disks' rate: hard disks, network file systems
+    slow_link: float = 8e9  # PCIe 3.0 x16 reaches 12 GB/s
+
+
+@dataclass(frozen=True)
 class PackConfig:
     """How files are written when a checkpoint is packed or inflated."""
 
