@@ -48,9 +48,11 @@ class Recorder:
     def __init__(self, model):
         self.model, self.config, self.device, self.fed = model, model.config, model.device, []
 
-    def __call__(self, input_ids, **kwargs):
+    def forward(self, input_ids, **kwargs):
         self.fed.append(input_ids.shape[1])
         return self.model(input_ids=input_ids, **kwargs)
+
+    __call__ = forward
 
 
 @pytest.fixture(scope="module")
