@@ -13,7 +13,20 @@ import typer
 from typer.core import TyperGroup
 
 import moespac
-from moespac.cli import bench, chat, demo, doctor, evaluate, generate, plan, prepare, profile, simulate, trace
+from moespac.cli import (
+    bench,
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    plan,
+    prepare,
+    profile,
+    report,
+    simulate,
+    trace,
+)
 from moespac.errors import MoespacError
 
 # Typer carries its own click since 0.27 and stands on the package before; its errors share this ancestor.
@@ -55,6 +68,7 @@ app.command(rich_help_panel=_PREPARE)(prepare.pack)
 app.command(rich_help_panel=_PREPARE)(prepare.inflate)
 app.command(rich_help_panel=_MEASURE)(doctor.doctor)
 app.command(rich_help_panel=_MEASURE)(profile.profile)
+app.command(rich_help_panel=_MEASURE)(report.report)
 app.command(rich_help_panel=_MEASURE)(simulate.simulate)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
 app.add_typer(trace.app, name="trace", rich_help_panel=_MEASURE)
