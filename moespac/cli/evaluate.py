@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import moespac
-from moespac.cli.bars import counting
+from moespac.cli.bars import counting, loaded
 from moespac.cli.files import read_text
 from moespac.cli.flags import MODEL, TEXT, MemoryFlags, Model
 from moespac.cli.spread import spread
@@ -71,7 +70,7 @@ def _measure(
     from moespac.evaluate import perplexity
 
     name = "the embedded model" if path is None else str(path)
-    with moespac.load(path, **settings) as engine:
+    with loaded(path, settings) as engine:
         if engine.tokenizer is None:
             raise ConfigError(f"{name}: has no tokenizer to read a text with; add its tokenizer files")
         if context > engine.context:
