@@ -58,15 +58,8 @@ def check_threads(place: Place) -> Iterator[Finding]:
 
 
 def check_kernel(place: Place) -> Iterator[Finding]:
-    try:
-        from moespac.experts.kernels.library import chosen_isa, load_library  # type: ignore[import-not-found]
-    except ImportError:
-        yield warn(
-            "kernel",
-            "this installation has no native kernel: experts on the CPU are computed by torch",
-            "pack to bf16 or f32 where memory allows: torch expands int8 and int4 first",
-        )
-        return
+    from moespac.experts.kernels.library import chosen_isa, load_library
+
     library = load_library()
     if library is None:
         yield warn(

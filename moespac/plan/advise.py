@@ -10,7 +10,6 @@ from moespac.config import MemoryConfig, PlanConfig
 from moespac.plan.model import PlannedModel
 from moespac.plan.predict import Case, Speed, predict, predict_speed
 from moespac.sim.hardware import HardwareProfile, find_profile
-from moespac.sim.shapes import SimModel
 from moespac.types import Capacity
 
 _EXACT_FIRST = ("f32", "bf16", "int8", "int4")
@@ -165,18 +164,12 @@ def _tiers(model: PlannedModel, option: Option) -> tuple[str, ...]:
 
 
 def _case(
-    model: PlannedModel,
-    machine: Machine,
-    format: str,
-    budgets: Budgets,
-    drafter: bool = False,
-    **changes: Any,
+    model: PlannedModel, machine: Machine, format: str, budgets: Budgets, drafter_share: float = 0.0
 ) -> Case:
-    shape: SimModel = model.to_sim_model(format, machine.trunk_weight_bytes)
-    config = PlanConfig()
-    if drafter:
-        shape = replace(shape, drafter_bytes=max(1, int(shape.trunk_bytes * config.drafter_share)))
-    return Case(replace(machine.hardware, **changes), shape, budgets.capacity, drafter)
+    """``drafter_share``: bytes of a draft model beside the trunk's; 0: without one."""
+    shape = model.to_sim_model(format, machine.trunk_weight_bytes)
+    shape = replace(shape, drafter_bytes=int(shape.trunk_bytes * drafter_share))
+    return Case(machine.hardware, shape, budgets.capacity, drafter=drafter_share > 0)
 
 
 # ---- choices -------------------------------------------------------------------------------------------
@@ -201,10 +194,10 @@ def _changes(
     hardware, tiers = machine.hardware, _tiers(model, now)
     speed = now.tokens_per_second
 
-    def faster(name: str, changed: Machine, drafter: bool = False) -> Iterator[Change]:
+    def faster(name: str, changed: Machine, drafter_share: float = 0.0) -> Iterator[Change]:
         budgets = _budgets(model, changed, now.format, config)
         if budgets is not None:
-            case = _case(model, changed, now.format, budgets, drafter)
+            case = _case(model, changed, now.format, budgets, drafter_share)
             yield Change(name, predict(case, config) / speed)
 
     for option in options:
@@ -237,7 +230,7 @@ def _changes(
         yield from faster("a processor and memory twice as fast", replace(machine, hardware=processor))
     if not hardware.has_accelerator:
         yield from faster(f"a GPU with 12 GB ({_A_GPU})", _with_a_gpu(machine))
-    yield from faster("a draft model", machine, drafter=True)
+    yield from faster("a draft model", machine, config.drafter_share)
 
 
 def _with_a_gpu(machine: Machine) -> Machine:

@@ -18,6 +18,7 @@ from moespac.config import PlanConfig
 from moespac.engine.build import DEMO
 from moespac.errors import ModelError
 from moespac.experts.pack import pack
+from moespac.plan import advise
 from moespac.plan.advise import Machine, make_plan
 from moespac.plan.machine import named_machine
 from moespac.plan.model import PlannedModel, read_planned_model
@@ -27,7 +28,7 @@ from moespac.sim.shapes import read_model
 from moespac.types import Capacity
 from tests.families import save_checkpoint
 
-QUICK = PlanConfig(layers=2, tokens=24)
+QUICK = PlanConfig(layers=2, tokens=16)
 LAPTOP = named_machine("laptop-cpu-nvme")
 QWEN3_30B = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 2048,
@@ -162,7 +163,7 @@ def test_the_range_holds_the_typical_speed(qwen: PlannedModel) -> None:
 
 
 def test_a_plan_by_hand(qwen: PlannedModel) -> None:
-    plan = make_plan(qwen, LAPTOP, QUICK)
+    plan = make_plan(qwen, LAPTOP, QUICK, format="int4")
     assert plan.fits and plan.option is not None and plan.tiers == ("host memory", "storage")
     free = LAPTOP.host_bytes - 4 * (qwen.trunk_weights + qwen.embedding_weights) - QUICK.reserve_bytes
     slots = free // qwen.record_bytes[plan.option.format]
@@ -179,7 +180,7 @@ def test_a_plan_by_hand(qwen: PlannedModel) -> None:
 
 
 def test_an_accelerator_holds_the_trunk(qwen: PlannedModel) -> None:
-    plan = make_plan(qwen, named_machine("rtx3060-12gb"), QUICK)
+    plan = make_plan(qwen, named_machine("rtx3060-12gb"), QUICK, format="int4")
     assert plan.option is not None and plan.option.budgets.capacity.accelerator > 0
     assert plan.tiers[0] == "accelerator memory"
 
@@ -191,7 +192,8 @@ def test_what_does_not_fit_says_how_much_is_missing(qwen: PlannedModel) -> None:
     assert "does not fit" in plan.verdict and "2.15 GB are to be had" in plan.verdict
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advise, "PlanConfig", lambda: QUICK)
     file = tmp_path / "plan.json"
     result = run(DEMO / "target", "--hardware", "rtx3060-12gb", "--format", "int4", "--json", file)
     assert result.exit_code == 0, result.output
