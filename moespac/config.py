@@ -211,6 +211,17 @@ class TimelineConfig:
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    """From where on `moespac doctor` speaks up. Bytes, bytes/s."""
+
+    slow_memory: float = 8e9  # half of what one thread of an ordinary desktop reads
+    little_free: float = 0.2  # of all host memory
+    much_swap: int = 1 << 30  # less is what systems swap out of idle programs
+    slow_storage: float = 5e8  # below SATA disks' rate: hard disks, network file systems
+    slow_link: float = 8e9  # PCIe 3.0 x16 reaches 12 GB/s
+
+
+@dataclass(frozen=True)
 class PackConfig:
     """How files are written when a checkpoint is packed or inflated."""
 
@@ -310,6 +321,26 @@ class EagerConfig:
         27  # of an expert on the accelerator: where, index, three linears of six, activation, sum
     )
     layer_calls: int = 60  # of a layer's attention, norms, router, and of sorting its experts out
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What ``moespac plan`` assumes."""
+
+    layers: int = 6  # simulated, in place of all: they are alike, and a plan is to take seconds
+    tokens: int = 64  # decoded in each simulation, after a prompt that warms the sensors
+    local: SyntheticConfig = field(  # a text that keeps to its subject, and a router that follows it
+        default_factory=lambda: SyntheticConfig(topic=1.8, phrase=1.2)
+    )
+    scattered: SyntheticConfig = field(  # a router trained to be even, and a text of many subjects
+        default_factory=lambda: SyntheticConfig(popularity=0.4, topic=0.6, topic_tokens=200.0)
+    )
+    error: float = 0.25  # of the simulator on a machine that was measured, added on both sides (docs/plan.md)
+    enough: float = 0.8  # a more exact format is recommended if it is this near to the fastest
+    reserve_bytes: int = 1 << 30  # of the trunk's memory: KV cache of some thousand tokens, activations, buffers
+    drafter_share: float = 0.1  # bytes of a draft model beside its target's trunk: 0.6B drafters of 30B targets
+    drafter_window: int = 4
+    drafter_acceptance: float = 0.7  # of a draft model of the target's family, on prose and code
 
 
 @dataclass(frozen=True)
