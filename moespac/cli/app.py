@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 import moespac
-from moespac.cli import bench, chat, demo, evaluate, generate, prepare, profile, simulate, trace
+from moespac.cli import bench, chat, demo, evaluate, generate, prepare, profile, serve, simulate, trace
 from moespac.errors import MoespacError
 
 # Typer carries its own click since 0.27 and stands on the package before; its errors share this ancestor.
@@ -48,6 +48,7 @@ app = typer.Typer(
 _RUN, _PREPARE, _MEASURE = "Run a model", "Prepare a model", "Measure"
 app.command(rich_help_panel=_RUN)(generate.generate)
 app.command(rich_help_panel=_RUN)(chat.chat)
+app.command(rich_help_panel=_RUN)(serve.serve)
 app.command(rich_help_panel=_RUN)(demo.demo)
 app.command(rich_help_panel=_PREPARE)(prepare.pack)
 app.command(rich_help_panel=_PREPARE)(prepare.inflate)

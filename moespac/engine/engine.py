@@ -122,12 +122,10 @@ class Engine:
         seed: int = 0,
         stop: Tokens[str] = (),
         top_logprobs: int | None = None,
-        drafter: Drafter | None = None,
     ) -> Stream:
         """Generate from a text or token ids; iterate over the pieces of text, then read ``.result``.
 
         top_logprobs: have ``Stream.advance`` give log-probabilities, with so many alternatives to each token.
-        drafter: one of its own, for streams that advance in turns: a drafter follows one sequence at a time.
 
         Raises ConfigError for an empty prompt, one that fills the context, or settings out of range.
         """
@@ -138,7 +136,7 @@ class Engine:
             raise ConfigError("stop strings need a tokenizer, and this model has none; leave them out")
         tokens = self._tokens(prompt)
         sequence = Sequence(self.model, tokens, max_new_tokens, self.context, self._eos(), sampling)
-        sequence.drafter = drafter or self.drafter
+        sequence.drafter = self.drafter
         sequence.top_logprobs = top_logprobs
         return Stream(self, sequence, tuple(stop))
 
@@ -247,6 +245,8 @@ class Piece:
     text: str  # whole characters; "" while a character or a stop string may still be completed
     tokens: list[int]  # up to the one that completed a stop string
     logprobs: list[TokenLogprob] | None
+    drafted: int
+    accepted: int
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,22 @@ class Stream:
 
     @property
     def done(self) -> bool:
-        return self._sequence.finish_reason is not None
+        return self.finish_reason is not None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ended, ``Generation.finish_reason``; None while it goes on."""
+        return self._sequence.finish_reason
+
+    @property
+    def drafter(self) -> Drafter:
+        """The engine's; may be set before the first step. A drafter follows one sequence at a time."""
+        return self._sequence.drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter) -> None:
+        assert self._meter is None, "the drafter has begun"
+        self._sequence.drafter = drafter
 
     @property
     def result(self) -> Generation:
@@ -311,7 +326,8 @@ class Stream:
         elif self.done:
             text += self._text.flush()
         self._pieces.append(text)
-        return Piece(text, step.tokens[:kept], step.logprobs and step.logprobs[:kept])
+        logprobs = None if step.logprobs is None else step.logprobs[:kept]
+        return Piece(text, step.tokens[:kept], logprobs, step.drafted, step.accepted)
 
     def close(self) -> None:
         """End the request, early or not; ``result`` then holds what there is. Safe to call twice."""

@@ -30,10 +30,9 @@ def another(drafter):
 def test_streams_that_take_turns_say_what_they_say_alone(demo, turn: int) -> None:
     lengths = (40, 17, 29)
     alone = [demo.generate(p, max_new_tokens=n) for p, n in zip(PROMPTS, lengths, strict=True)]
-    streams = [
-        demo.stream(prompt, max_new_tokens=n, drafter=another(demo.drafter))
-        for prompt, n in zip(PROMPTS, lengths, strict=True)
-    ]
+    streams = [demo.stream(p, max_new_tokens=n) for p, n in zip(PROMPTS, lengths, strict=True)]
+    for stream in streams:
+        stream.drafter = another(demo.drafter)
     texts = ["", "", ""]
     while not all(stream.done for stream in streams):
         for number, stream in enumerate(streams):

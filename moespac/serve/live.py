@@ -1,0 +1,153 @@
+"""What the page shows of the engine: looked at between two windows, by the engine's own thread, when somebody asks."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import time
+from collections import deque
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moespac.config import ServeConfig
+from moespac.engine.engine import Engine, Piece
+from moespac.serve.answer import Answer
+from moespac.serve.worker import Worker
+from moespac.timeline import Timeline
+
+# One byte an expert: its utility level, and flags.
+LEVEL, HOST, ACCELERATOR, ARRIVING_HOST, ARRIVING_ACCELERATOR, USED = 0b111, 8, 16, 32, 64, 128
+
+
+class Step(NamedTuple):
+    """Counters of the engine after one step of it."""
+
+    tokens: int
+    seconds: float
+    drafted: int
+    accepted: int
+    hits: int
+    misses: int
+
+
+class Live:
+    """Rates over the latest steps, and the picture of memory. ``look`` is for the event loop, the rest is called on
+    the engine's thread."""
+
+    def __init__(self, engine: Engine, worker: Worker, config: ServeConfig) -> None:
+        self._engine = engine
+        self._worker = worker
+        self._config = config
+        self._steps: deque[Step] = deque(maxlen=config.live_steps)
+        self._tokens = 0
+        self._timeline = Timeline(config.live_spans)
+        self._watched = False
+        self._wanted = 0.0  # when somebody looked last, on time.monotonic()
+        self._picture: dict[str, Any] | None = None
+        self._taken = 0.0  # when, on time.monotonic()
+        self._taking: asyncio.Future[None] | None = None
+
+    async def look(self) -> dict[str, Any]:
+        """The engine as it is now, or as it was when last seen if a long pass holds it up."""
+        self._wanted = time.monotonic()
+        if self._picture is None or self._wanted - self._taken > self._config.live_seconds:
+            if self._taking is None or self._taking.done():
+                self._taking = asyncio.get_running_loop().create_future()
+                self._worker.run_between_windows(self._errand(self._taking))
+            wait = None if self._picture is None else self._config.live_wait
+            await asyncio.wait([self._taking], timeout=wait)
+        assert self._picture is not None
+        return self._picture | {"age": round(time.monotonic() - self._taken, 3)}
+
+    def _errand(self, done: asyncio.Future[None]) -> Any:
+        loop = asyncio.get_running_loop()
+
+        def settle() -> None:
+            if not done.done():
+                done.set_result(None)
+
+        def run() -> None:
+            if not self._watched:
+                self._watched = True
+                self._engine.record_timeline(self._timeline.record)
+            self._picture, self._taken = self._look(), time.monotonic()
+            loop.call_soon_threadsafe(settle)
+
+        return run
+
+    # ---- serve.worker.Observer -----------------------------------------------------------------------
+
+    def stepped(self, piece: Piece, seconds: float) -> None:
+        stats = self._engine.runtime.stats
+        self._tokens += len(piece.tokens)
+        self._steps.append(
+            Step(len(piece.tokens), seconds, piece.drafted, piece.accepted, stats.hits, stats.misses)
+        )
+        if self._watched and time.monotonic() - self._wanted > self._config.live_watched:
+            self._watched = False
+            self._engine.record_timeline(None)
+
+    def ended(self, answer: Answer) -> None: ...
+
+    # ---- within --------------------------------------------------------------------------------------
+
+    def _look(self) -> dict[str, Any]:
+        engine = self._engine
+        runtime, shape = engine.runtime, engine.shape
+        levels = runtime.policy.levels
+        return {
+            "layers": shape.layers,
+            "experts": shape.experts,
+            "levels": None if levels is None else engine.config.method.utility.levels,
+            "policy": runtime.policy.name,
+            "drafter": engine.drafter.name,
+            "tiers": [
+                {
+                    "name": tier.name,
+                    "slots": tier.slots,
+                    "resident": int(tier.ready.sum()),
+                    "bytes": tier.slots * tier.record_bytes,
+                }
+                for tier in runtime.memory.tiers
+            ],
+            "grid": base64.b64encode(self._grid().tobytes()).decode("ascii"),
+            "tokens": self._tokens,
+            "bytes": dict(runtime.memory.bytes_read),
+            "active": self._worker.active,
+            "waiting": self._worker.waiting,
+            "clock": round(runtime.clock.now(), 6),
+            "spans": [
+                [event.lane, event.name, round(event.start, 6), round(event.duration, 6)]
+                for event in self._timeline.events
+            ],
+        } | self._rates()
+
+    def _grid(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """(layers, experts)"""
+        runtime, residency = self._engine.runtime, self._engine.runtime.memory.residency
+        grid = np.zeros((self._engine.shape.layers, self._engine.shape.experts), np.uint8)
+        if runtime.policy.levels is not None:
+            grid |= np.minimum(runtime.policy.levels, LEVEL).astype(np.uint8)
+        grid[residency.host] |= HOST
+        grid[residency.accelerator] |= ACCELERATOR
+        grid[residency.arriving_host] |= ARRIVING_HOST
+        grid[residency.arriving_accelerator] |= ARRIVING_ACCELERATOR
+        for layer, routing in enumerate(runtime.latest_routing):
+            grid[layer, routing[routing >= 0]] |= USED
+        return grid
+
+    def _rates(self) -> dict[str, float | None]:
+        """Over the latest steps, those that only read a prompt included."""
+        steps = list(self._steps)
+        if not steps:
+            return {"tokens_per_second": None, "acceptance": None, "hit_rate": None, "tokens_per_pass": None}
+        seconds, drafted = sum(s.seconds for s in steps), sum(s.drafted for s in steps)
+        hits, misses = steps[-1].hits - steps[0].hits, steps[-1].misses - steps[0].misses
+        tokens = sum(s.tokens for s in steps)
+        return {
+            "tokens_per_second": tokens / seconds if seconds else None,
+            "tokens_per_pass": tokens / len(steps),
+            "acceptance": sum(s.accepted for s in steps) / drafted if drafted else None,
+            "hit_rate": hits / (hits + misses) if hits + misses else None,
+        }
