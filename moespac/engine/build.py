@@ -134,14 +134,16 @@ def _build_runtime(
     capacity = _capacity(memory, shape, device)
     policy = make_policy(config.policy, shape, capacity, config.method)
     arena = host_arena(capacity.host, shape.record_bytes)
-    reader = StorageReader(store, arena, memory, bell)
+    clock = PassClock(time.perf_counter)
+    reader = StorageReader(store, arena, memory, bell, clock.tape)
     accelerator = link = None
     if capacity.accelerator:
-        accelerator = Accelerator(device, capacity.accelerator, shape.record_bytes, bell, memory.asynchronous)
-        link = LinkCopier(accelerator, arena)
+        accelerator = Accelerator(
+            device, capacity.accelerator, shape.record_bytes, bell, memory.asynchronous, clock.tape
+        )
+        link = LinkCopier(accelerator, arena, shape.experts)
     tiers = ExpertMemory(shape, capacity, reader, link, memory, policy.costs, bell)
     math = ExpertMath(next(iter(skeleton.experts.values())), store.layout)
-    clock = PassClock(time.perf_counter)
     return ExpertRuntime(store, tiers, policy, math, arena, accelerator, routers, clock)
 
 

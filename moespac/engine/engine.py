@@ -25,6 +25,7 @@ from moespac.speculate.governor import FixedWindow, Governor
 from moespac.speculate.logprobs import TokenLogprob, token_logprobs
 from moespac.speculate.sampling import probabilities
 from moespac.speculate.verify import Verdict, verify_greedy, verify_sampled
+from moespac.timeline import Record
 from moespac.types import ModelShape, Window
 
 log = logging.getLogger(__name__)
@@ -161,6 +162,13 @@ class Engine:
             messages, add_generation_prompt=True, tokenize=True, return_dict=True
         )
         return encoded["input_ids"]
+
+    def record_timeline(self, record: Record | None) -> None:
+        """From now on tell ``record`` who does what when, from whichever thread did it; None: nobody.
+
+        Times are those of ``time.perf_counter``. ``moespac.timeline.Timeline`` keeps what it is told.
+        """
+        self.runtime.clock.tape.record = record
 
     def close(self) -> None:
         """Keep the learned profile, stop all threads, free the tiers. Safe to call twice."""

@@ -16,6 +16,7 @@ from torch import nn
 from moespac.experts.accelerator import Accelerator
 from moespac.experts.compute import ExpertMath
 from moespac.experts.workers import Ticket
+from moespac.timeline import expert_name
 
 
 class Groups:
@@ -78,7 +79,8 @@ class LayerTensors:
             for expert, slot in zip(experts, slots, strict=True):
                 self._compute(expert, x, accelerator.arena[slot])
 
-        return accelerator.compute(job)
+        name = " ".join(expert_name(expert, len(self._groups.counts)) for expert in experts)
+        return accelerator.compute(name, job)
 
     def _compute(self, expert: int, x: torch.Tensor, record: torch.Tensor) -> None:
         rows = self._groups.rows(expert - self._first_id)

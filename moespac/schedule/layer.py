@@ -18,6 +18,7 @@ from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.ports import Devices, Ticket
 from moespac.schedule.stats import PassClock
 from moespac.schedule.tiers import Tier
+from moespac.timeline import expert_name
 from moespac.types import Placement
 
 
@@ -155,7 +156,7 @@ class LayerRun:
 
     def _compute_on_host(self, side: Side) -> None:
         expert = side.ready[0]
-        with self._clock.measure("host_experts"):
+        with self._clock.measure("host_experts", expert_name(expert, len(self._counts))):
             seconds = self._devices.compute_on_host(expert, side.tier.slot(expert))
         self._costs.observe_host(self._tokens(expert), seconds)
         side.ready.popleft()

@@ -41,7 +41,7 @@ class CountingDevices:
                 assert (self.memory.arenas["accelerator"][slot] == FakeStore.pattern(expert)).all()
                 self.on_accelerator[expert] += 1
 
-        return self.memory.device.compute(job)
+        return self.memory.device.compute("", job)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
