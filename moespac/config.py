@@ -287,7 +287,8 @@ class ServeConfig:
     live_wait: float = 1.0  # for a look; a longer pass shows what was seen last
     live_watched: float = 5.0  # seconds after the last look in which the timeline goes on being recorded
     live_steps: int = 32  # that the rates on the page are taken over: some seconds
-    live_spans: int = 4000  # of the timeline: the last few passes of a 48-layer model
+    live_passes: int = 4  # that the page's timeline shows
+    live_spans: int = 2000  # of the timeline, at most: four passes of the embedded model have some 500
     speed_life: float = 8.0  # mean life, in answers, of what one answer costs: for Retry-After
 
 

@@ -71,7 +71,9 @@ def serve(
     try:
         from moespac.serve import server
     except ImportError as error:
-        raise ConfigError(f"serve needs {error.name}, which is missing: pip install 'moespac[serve]'") from None
+        raise ConfigError(
+            f"serve needs {error.name}, which is missing: pip install 'moespac[serve]'"
+        ) from None
     listener = server.bind(host, port)  # before the model: loading may take minutes
     signal.signal(signal.SIGTERM, _exit)  # until the server has its own way: nothing to lose yet
     if api_key is None and not server.is_loopback(listener):

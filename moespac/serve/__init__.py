@@ -1,1 +1,1 @@
-"""The engine over HTTP: OpenAI's API, metrics, and a page that shows what memory is doing. Needs the extra ``serve``."""
+"""The engine over HTTP: OpenAI's API, metrics, a page that shows what memory does. Needs the extra ``serve``."""

@@ -1,6 +1,6 @@
 """What a client is told when something is wrong: OpenAI's error objects, whatever went wrong and wherever.
 
-    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
+{"error": {"message": ..., "type": ..., "param": ..., "code": ...}}
 """
 
 from __future__ import annotations
@@ -109,7 +109,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def defect(request: Request, error: Exception) -> Response:
-        return ApiError(500, "internal error: see the server's log").response()  # whose traceback uvicorn logs
+        return ApiError(
+            500, "internal error: see the server's log"
+        ).response()  # whose traceback uvicorn logs
 
 
 def _invalid(error: RequestValidationError) -> ApiError:
@@ -117,6 +119,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
+    if not isinstance(error.body, dict):
+        return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json")
     param = _place(first["loc"], error.body)
     if first["type"] == "extra_forbidden":
         return unsupported(param or "", f"{param}: this server knows no such parameter; leave it out")
@@ -131,13 +135,12 @@ def _place(location: tuple[str | int, ...], body: Any) -> str | None:
     """The path within the body. What pydantic adds for the members of a union is no part of it."""
     path: list[str] = []
     for part in location[1:]:
-        if isinstance(body, dict) and part in body:
+        missing = isinstance(body, dict) and part == location[-1]
+        try:
             body = body[part]
-        elif isinstance(body, list) and isinstance(part, int) and part < len(body):
-            body = body[part]
-        elif isinstance(body, dict) and part == location[-1]:
-            body = None  # what is missing
-        else:
-            break
+        except (LookupError, TypeError):
+            if not missing:
+                break
+            body = None
         path.append(str(part))
     return ".".join(path) or None

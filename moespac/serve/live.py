@@ -1,4 +1,4 @@
-"""What the page shows of the engine: looked at between two windows, by the engine's own thread, when somebody asks."""
+"""What the page shows of the engine: seen between two windows, by the engine's own thread, when somebody asks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import base64
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from moespac.config import ServeConfig
 from moespac.engine.engine import Engine, Piece
 from moespac.serve.answer import Answer
 from moespac.serve.worker import Worker
-from moespac.timeline import Timeline
+from moespac.timeline import Event, Timeline
 
 # One byte an expert: its utility level, and flags.
 LEVEL, HOST, ACCELERATOR, ARRIVING_HOST, ARRIVING_ACCELERATOR, USED = 0b111, 8, 16, 32, 64, 128
@@ -58,9 +59,10 @@ class Live:
             wait = None if self._picture is None else self._config.live_wait
             await asyncio.wait([self._taking], timeout=wait)
         assert self._picture is not None
-        return self._picture | {"age": round(time.monotonic() - self._taken, 3)}
+        spans = _latest_passes(self._timeline.events, self._config.live_passes, self._config.live_spans)
+        return self._picture | {"spans": spans, "age": round(time.monotonic() - self._taken, 3)}
 
-    def _errand(self, done: asyncio.Future[None]) -> Any:
+    def _errand(self, done: asyncio.Future[None]) -> Callable[[], None]:
         loop = asyncio.get_running_loop()
 
         def settle() -> None:
@@ -71,7 +73,7 @@ class Live:
             if not self._watched:
                 self._watched = True
                 self._engine.record_timeline(self._timeline.record)
-            self._picture, self._taken = self._look(), time.monotonic()
+            self._picture, self._taken = self._take(), time.monotonic()
             loop.call_soon_threadsafe(settle)
 
         return run
@@ -92,7 +94,7 @@ class Live:
 
     # ---- within --------------------------------------------------------------------------------------
 
-    def _look(self) -> dict[str, Any]:
+    def _take(self) -> dict[str, Any]:
         engine = self._engine
         runtime, shape = engine.runtime, engine.shape
         levels = runtime.policy.levels
@@ -116,11 +118,6 @@ class Live:
             "bytes": dict(runtime.memory.bytes_read),
             "active": self._worker.active,
             "waiting": self._worker.waiting,
-            "clock": round(runtime.clock.now(), 6),
-            "spans": [
-                [event.lane, event.name, round(event.start, 6), round(event.duration, 6)]
-                for event in self._timeline.events
-            ],
         } | self._rates()
 
     def _grid(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -151,3 +148,19 @@ class Live:
             "acceptance": sum(s.accepted for s in steps) / drafted if drafted else None,
             "hit_rate": hits / (hits + misses) if hits + misses else None,
         }
+
+
+def _latest_passes(events: list[Event], passes: int, most: int) -> list[tuple[str, str, float, float]]:
+    """What happened since the pass before the latest ``passes`` was verified, ``most`` spans of it at most."""
+    start, verified = 0.0, 0
+    for event in reversed(events):
+        if event.name == "verify":
+            verified += 1
+            if verified > passes:
+                start = event.start + event.duration
+                break
+    recent = [event for event in events[-most:] if event.start + event.duration > start]
+    return [
+        (lane, name, round(max(at, start), 6), round(min(d, at + d - start), 6))
+        for lane, name, at, d in recent
+    ]

@@ -12,7 +12,21 @@ from moespac.engine.engine import Engine, Piece
 from moespac.serve.answer import Answer
 from moespac.serve.worker import Worker
 
-_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)  # seconds: a cached toy to a cold giant
+_FIRST = (
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1,
+    2.5,
+    5,
+    10,
+    30,
+    60,
+    300,
+)  # seconds: a cached toy to a cold giant
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
 _ENDPOINTS = frozenset(
     {"/", "/health", "/metrics", "/api/live", "/v1/models", "/v1/chat/completions", "/v1/completions"}
@@ -28,7 +42,9 @@ class Metrics:
             "moespac_requests", "Requests answered.", ["endpoint", "status"], registry=self._registry
         )
         self._prompt_tokens = Counter(
-            "moespac_prompt_tokens", "Tokens of the prompts of answers that are over.", registry=self._registry
+            "moespac_prompt_tokens",
+            "Tokens of the prompts of answers that are over.",
+            registry=self._registry,
         )
         self._generated = Counter("moespac_generated_tokens", "Tokens generated.", registry=self._registry)
         self._drafted = Counter("moespac_drafted_tokens", "Tokens drafted.", registry=self._registry)
@@ -108,7 +124,9 @@ class _EngineCollector(Collector):
         )
         for link, nbytes in runtime.memory.bytes_read.items():
             moved.add_metric([link], nbytes)
-        requests = GaugeMetricFamily("moespac_open_requests", "Requests that decode or wait.", labels=["state"])
+        requests = GaugeMetricFamily(
+            "moespac_open_requests", "Requests that decode or wait.", labels=["state"]
+        )
         requests.add_metric(["active"], self._worker.active)
         requests.add_metric(["waiting"], self._worker.waiting)
         passes = CounterMetricFamily("moespac_passes", "Passes of the model.", value=runtime.stats.passes)

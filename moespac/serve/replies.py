@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from moespac.engine.engine import Piece
-from moespac.speculate.logprobs import TokenLogprob
 from moespac.serve.words import Words
+from moespac.speculate.logprobs import TokenLogprob
 
 
 class Reply:

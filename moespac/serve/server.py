@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
-from moespac.config import ServeConfig
 from moespac.errors import ConfigError
 from moespac.serve.app import Service, create_app
 

@@ -1,9 +1,9 @@
 """The one thread that the engine belongs to: answers take turns on it, everybody else asks it.
 
 Requests are admitted first come, first served, to ``parallel`` places. The answers there take turns, round robin,
-``turn_windows`` windows each, so that a short answer does not wait for a long one: with P places it is through after
-at most P times the windows it needs. Each keeps its KV cache and its drafter's, so an answer is what it would have
-been alone; what turns cost is that experts of one text make room for those of another.
+``turn_windows`` windows each, so that a short answer does not wait for a long one: with P places it is through
+after at most P times the windows it needs. Each keeps its KV cache and its drafter's, so an answer is what it would
+have been alone; what turns cost is that experts of one text make room for those of another.
 
 Whatever needs the engine otherwise (looking at it for the page) is an errand that is run between two windows: there
 is no lock around the engine.
@@ -186,7 +186,9 @@ class Worker:
         most = self._config.max_tokens_limit or self._engine.context
         if limit is not None and self._config.max_tokens_limit and limit > most:
             raise ApiError(
-                400, f"max_tokens: {limit} is more than the {most} that this server allows", param="max_tokens"
+                400,
+                f"max_tokens: {limit} is more than the {most} that this server allows",
+                param="max_tokens",
             )
         if len(tokens) + (limit or 1) > self._engine.context:
             raise ApiError(
