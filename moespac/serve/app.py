@@ -67,6 +67,11 @@ class Service:
         observers.append(self.live)
         self.metrics.watch(engine, self.worker)
 
+    def stop(self) -> None:
+        """Let go of the engine."""
+        self.worker.stop()
+        self.live.stop()
+
     def card(self) -> dict[str, Any]:
         return {"id": self.model, "object": "model", "created": self.started, "owned_by": "moespac"}
 

@@ -116,31 +116,30 @@ def install(app: FastAPI) -> None:
 
 def _invalid(error: RequestValidationError) -> ApiError:
     """The first of what is wrong, and where."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']}")
+    found = error.errors()
+    if found[0]["type"] == "json_invalid":
+        return ApiError(400, f"the body is not valid JSON: {found[0]['ctx']['error']}")
     if not isinstance(error.body, dict):
         return ApiError(400, "the body must be a JSON object, sent as Content-Type: application/json")
-    param = _place(first["loc"], error.body)
+    places = [_place(each["loc"], error.body) for each in found]
+    # Of the members of a union, each of which complains, the one that got furthest was meant.
+    path, first = max(zip(places, found, strict=True), key=lambda each: len(each[0]))
+    param = ".".join(path) or None
     if first["type"] == "extra_forbidden":
         return unsupported(param or "", f"{param}: this server knows no such parameter; leave it out")
-    if first["type"] == "missing":
-        message = f"{first['loc'][-1]} is required"
-    else:
-        message = first["msg"].removeprefix("Value error, ")
+    message = "is required" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
     return ApiError(400, f"{param}: {message}" if param else message, param=param)
 
 
-def _place(location: tuple[str | int, ...], body: Any) -> str | None:
+def _place(location: tuple[str | int, ...], body: Any) -> list[str]:
     """The path within the body. What pydantic adds for the members of a union is no part of it."""
     path: list[str] = []
     for part in location[1:]:
-        missing = isinstance(body, dict) and part == location[-1]
         try:
             body = body[part]
         except (LookupError, TypeError):
-            if not missing:
-                break
-            body = None
+            if not (isinstance(body, dict) and part == location[-1]):
+                continue
+            body = None  # what is missing
         path.append(str(part))
-    return ".".join(path) or None
+    return path

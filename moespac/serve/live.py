@@ -92,6 +92,11 @@ class Live:
 
     def ended(self, answer: Answer) -> None: ...
 
+    def stop(self) -> None:
+        """The worker has ended: nobody looks any more."""
+        if self._watched:
+            self._engine.record_timeline(None)
+
     # ---- within --------------------------------------------------------------------------------------
 
     def _take(self) -> dict[str, Any]:

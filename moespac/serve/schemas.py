@@ -6,6 +6,7 @@ local servers have too.
 
 from __future__ import annotations
 
+import json
 import secrets
 from typing import Annotated, Any, Literal
 
@@ -90,6 +91,12 @@ class CommonRequest(BaseModel):
     def _refuse_what_is_not_supported(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
+        try:
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ApiError(
+                400, "the body has half a surrogate pair (\\ud800 to \\udfff): no text has that"
+            ) from None
         for name, (neutral, reason) in _NEUTRAL.items():
             if name in data and data[name] is not None and data[name] not in neutral:
                 raise unsupported(name, f"{name}: {reason}")

@@ -68,7 +68,7 @@ class Server(uvicorn.Server):
         try:
             self.run(sockets=[self._listener])
         finally:
-            self._service.worker.stop()
+            self._service.stop()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
