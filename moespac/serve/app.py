@@ -224,7 +224,7 @@ def _check_model(name: str, service: Service) -> None:
     if name != service.model:
         raise ApiError(
             404,
-            f"there is no model {name!r} here: this server has {service.model!r}",
+            f"there is no model {name[:64]!r} here: this server has {service.model!r}",
             param="model",
             code="model_not_found",
         )

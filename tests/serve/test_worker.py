@@ -11,7 +11,7 @@ import pytest
 from moespac.config import ServeConfig
 from tests.serve.running import Events, events, in_thread
 
-LONG = 400
+LONG = 160
 
 
 def begun(response, pieces: int = 2) -> Events:
@@ -48,7 +48,7 @@ def test_a_full_queue_says_when_to_come_again(engine) -> None:
     with in_thread(engine, ServeConfig(parallel=1, queue=1)) as server:
         server.complete("Once", max_tokens=30)  # so that it knows what an answer takes
         running = server.complete("The sea", max_tokens=LONG, stream=True)
-        stream = begun(running)
+        _open = begun(running)
         waiting = server.complete("The sea", max_tokens=1, stream=True)
         refused = server.complete("The sea", max_tokens=1)
         assert refused.status_code == 429
@@ -95,7 +95,7 @@ def test_a_client_that_goes_frees_the_engine_within_one_window(engine, stream: b
 def test_who_waits_and_goes_leaves_the_queue(engine) -> None:
     with in_thread(engine, ServeConfig(parallel=1)) as server:
         running = server.complete("The sea", max_tokens=LONG, stream=True)
-        stream = begun(running)
+        _open = begun(running)
         waiting = server.complete("The sea", max_tokens=5, stream=True)
         assert server.get("/health").json()["waiting"] == 1
         waiting.close()
@@ -149,7 +149,7 @@ def test_live_is_what_the_engine_is(engine) -> None:
     with in_thread(engine) as server:
         server.get("/api/live")  # from now on somebody looks: the timeline is recorded
         running = server.complete("The sea", max_tokens=LONG, stream=True)
-        stream = begun(running, 20)
+        _open = begun(running, 20)
         time.sleep(0.2)
         seen = server.get("/api/live").json()
         grid = base64.b64decode(seen["grid"])
