@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Tokens
@@ -20,6 +19,7 @@ from moespac.engine.summary import Meter, Summary, versions
 from moespac.engine.text import TextStream
 from moespac.errors import ConfigError
 from moespac.experts.runtime import ExpertRuntime
+from moespac.model.trunk import Trunk
 from moespac.speculate.drafters import Draft, Drafter
 from moespac.speculate.governor import FixedWindow, Governor
 from moespac.speculate.logprobs import TokenLogprob, token_logprobs
@@ -34,12 +34,14 @@ log = logging.getLogger(__name__)
 class Engine:
     """A MoE model whose experts live in tiers. Not thread-safe: one request at a time.
 
-    ``model`` is the transformers model itself, and its stock ``generate`` works over the same experts.
+    ``model`` is the transformers model itself, and its stock ``generate`` works over the same experts; ``trunk``
+    is its forward pass as the engine runs it.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
+        trunk: Trunk,
         tokenizer: PreTrainedTokenizerBase | None,
         runtime: ExpertRuntime,
         drafter: Drafter,
@@ -48,6 +50,7 @@ class Engine:
     ) -> None:
         """``profile_file``: where ``close`` keeps what the policy has learned about the model's routing."""
         self.model = model
+        self.trunk = trunk
         self.tokenizer = tokenizer
         self.runtime = runtime
         self.drafter = drafter
@@ -57,7 +60,6 @@ class Engine:
             Governor(config.governor) if config.window == "auto" else FixedWindow(config.window)
         )
         self._said = False  # that this model cannot be speculated on: once is enough
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
     def shape(self) -> ModelShape:
@@ -100,14 +102,9 @@ class Engine:
 
     def _forward(self, sequence: Sequence, window: Window) -> torch.Tensor:
         """One pass over ``window``; logits (drafted + 1, vocabulary) of its last positions, on the CPU."""
-        keep = {"logits_to_keep": window.drafted + 1} if self._keeps_logits else {}
-        ids = torch.from_numpy(window.tokens).unsqueeze(0).to(self.model.device)
         self.runtime.begin_pass(window)
         with self.runtime.clock.measure("trunk"):
-            cache = sequence.cache.past_key_values
-            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
-            sequence.cache.update(out.past_key_values)
-            return out.logits[0, -(window.drafted + 1) :].float().cpu()
+            return self.trunk(torch.from_numpy(window.tokens), sequence.cache, keep=window.drafted + 1)
 
     # ---- a request -----------------------------------------------------------------------------------
 
@@ -136,7 +133,9 @@ class Engine:
         if stop and self.tokenizer is None:
             raise ConfigError("stop strings need a tokenizer, and this model has none; leave them out")
         tokens = self._tokens(prompt)
-        sequence = Sequence(self.model, tokens, max_new_tokens, self.context, self._eos(), sampling)
+        sequence = Sequence(
+            self.trunk.new_cache(), tokens, max_new_tokens, self.context, self._eos(), sampling
+        )
         sequence.drafter = self.drafter
         sequence.top_logprobs = top_logprobs
         return Stream(self, sequence, tuple(stop))

@@ -95,13 +95,17 @@ class VirtualMover:
 class LayerDevices:
     """``schedule.ports.Devices`` for one layer in one pass; ``counts`` (experts,) tokens of each."""
 
+    host_threads = 1
+
     def __init__(self, machine: Machine, counts: NDArray[np.int64], first_id: int) -> None:
         self._machine = machine
         self._counts = counts
         self._first_id = first_id
 
-    def compute_on_host(self, expert: int, slot: int) -> float:
-        return self._machine.run_on_host(self._machine.expert_host_seconds(self._tokens(expert)))
+    def compute_on_host(self, experts: list[int], slots: list[int]) -> NDArray[np.float64]:
+        """One after the other: the profile's seconds are those of all threads together."""
+        machine = self._machine
+        return np.array([machine.run_on_host(machine.expert_host_seconds(self._tokens(e))) for e in experts])
 
     def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> VirtualTicket:
         machine = self._machine
