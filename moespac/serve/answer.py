@@ -58,18 +58,19 @@ class Answer:
         self.tokens = 0  # of the answer, so far
         self.stopped: ApiError | None = None  # why it is to end early: the client went, the server goes
         self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._events: asyncio.Queue[tuple[Event, float]] = asyncio.Queue()
+        self.told = 0.0  # when the latest event that was read had happened, on time.monotonic()
 
     def tell(self, event: Event | Exception) -> None:
         """From any thread: what has happened."""
         if isinstance(event, Exception):
             event = from_failure(event)
         with contextlib.suppress(RuntimeError):  # the event loop is gone: nobody listens
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+            self._loop.call_soon_threadsafe(self._events.put_nowait, (event, time.monotonic()))
 
     async def begun(self) -> Begun:
         """Wait until the engine has looked at it. Raises ApiError where it cannot be answered."""
-        event = await self._events.get()
+        event, self.told = await self._events.get()
         if isinstance(event, ApiError):
             raise event
         assert isinstance(event, Begun)
@@ -78,7 +79,7 @@ class Answer:
     async def events(self) -> AsyncIterator[Piece | Ended]:
         """Up to and with its end. Raises ApiError where it fails on the way."""
         while True:
-            event = await self._events.get()
+            event, self.told = await self._events.get()
             if isinstance(event, ApiError):
                 raise event
             assert not isinstance(event, Begun)

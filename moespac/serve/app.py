@@ -66,6 +66,7 @@ class Service:
         self.live = Live(engine, self.worker, config)
         observers.append(self.live)
         self.metrics.watch(engine, self.worker)
+        self.sent = self.metrics.sent  # is told of each streamed piece: seconds from the engine to the socket
 
     def stop(self) -> None:
         """Let go of the engine."""
@@ -153,7 +154,7 @@ async def _answer(
         begun = await _unless_gone(request, answer.begun())
         reply = make_reply(service.model, service.words, begun.prompt_tokens)
         if body.stream:
-            return _EventStream(service.worker, answer, _chunks(answer, reply, body.include_usage))
+            return _EventStream(service.worker, answer, _chunks(service, answer, reply, body.include_usage))
         return JSONResponse(await _unless_gone(request, _whole(answer, reply)))
     except BaseException:
         service.worker.cancel(answer)
@@ -183,7 +184,7 @@ async def _whole(answer: Answer, reply: Reply) -> dict[str, Any]:
     raise AssertionError("events() ends with Ended, or raises")
 
 
-async def _chunks(answer: Answer, reply: Reply, usage: bool) -> AsyncIterator[bytes]:
+async def _chunks(service: Service, answer: Answer, reply: Reply, usage: bool) -> AsyncIterator[bytes]:
     try:
         if (first := reply.first_chunk()) is not None:
             yield event(first)
@@ -194,6 +195,7 @@ async def _chunks(answer: Answer, reply: Reply, usage: bool) -> AsyncIterator[by
             reply.add(piece)
             if piece.text or piece.logprobs:
                 yield event(reply.chunk(piece))
+                service.sent(time.monotonic() - answer.told)
         if usage:
             yield event(reply.usage_chunk())
         yield DONE

@@ -28,6 +28,7 @@ _FIRST = (
     300,
 )  # seconds: a cached toy to a cold giant
 _PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+_SENDING = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1)  # a reader may be slow
 _ENDPOINTS = frozenset(
     {"/", "/health", "/metrics", "/api/live", "/v1/models", "/v1/chat/completions", "/v1/completions"}
 )
@@ -69,6 +70,13 @@ class Metrics:
             buckets=_PER_TOKEN,
         )
 
+        self._sending = Histogram(
+            "moespac_stream_seconds",
+            "Of each streamed piece: from the engine to the socket.",
+            registry=self._registry,
+            buckets=_SENDING,
+        )
+
     def watch(self, engine: Engine, worker: Worker) -> None:
         self._registry.register(_EngineCollector(engine, worker))
 
@@ -78,6 +86,9 @@ class Metrics:
     def requested(self, path: str, status: int) -> None:
         """Any other path is the client's invention, and would make a series of its own."""
         self._requests.labels(path if path in _ENDPOINTS else "other", str(status)).inc()
+
+    def sent(self, seconds: float) -> None:
+        self._sending.observe(seconds)
 
     # ---- serve.worker.Observer -----------------------------------------------------------------------
 
