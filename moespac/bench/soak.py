@@ -27,8 +27,8 @@ from moespac.serve.server import Server, bind
 
 MODEL = "soak"
 _TEXT = (
-    "It was a dark and stormy night, and the captain looked at the sea. The wind had not changed since the morning, "
-    "and no man on board had slept. def add(a, b): return a + b. How many apples are three apples and four apples? "
+    "It was a dark and stormy night, and the captain looked at the sea. The wind had not changed since the morning,"
+    " and no man on board had slept. def add(a, b): return a + b. How many apples are three apples and four apples? "
 )
 
 
@@ -226,7 +226,7 @@ def spread(values: Iterable[float | None]) -> dict[str, float]:
 
 
 def measure_streaming(engine: Engine, tokens: int = 200, repeats: int = 5) -> dict[str, float]:
-    """What HTTP streaming adds to a token: seconds a token of the engine alone, and of a client that reads a stream,
+    """What HTTP streaming adds to a token: seconds a token of the engine alone and of a client that reads a stream,
     turn about, the median of ``repeats``; and how long a piece takes from the engine to the socket."""
     assert engine.tokenizer is not None
     prompt = engine.tokenizer.encode(_TEXT)[:32]

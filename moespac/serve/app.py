@@ -7,7 +7,7 @@ import base64
 import hashlib
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -66,7 +66,9 @@ class Service:
         self.live = Live(engine, self.worker, config)
         observers.append(self.live)
         self.metrics.watch(engine, self.worker)
-        self.sent = self.metrics.sent  # is told of each streamed piece: seconds from the engine to the socket
+        self.sent: Callable[[float], None] = (
+            self.metrics.sent
+        )  # is told of each streamed piece: seconds from the engine to the socket
 
     def stop(self) -> None:
         """Let go of the engine."""
