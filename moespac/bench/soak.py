@@ -28,7 +28,7 @@ from moespac.serve.server import Server, bind
 MODEL = "soak"
 _TEXT = (
     "It was a dark and stormy night, and the captain looked at the sea. The wind had not changed since the morning,"
-    " and no man on board had slept. def add(a, b): return a + b. How many apples are three apples and four apples? "
+    " and no man on board had slept. def add(a, b): return a + b. How many apples are three apples and four? "
 )
 
 

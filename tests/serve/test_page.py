@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 
 import pytest
 
@@ -12,7 +14,16 @@ from tests.serve.running import in_thread
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +54,7 @@ def page(context, server):
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.goto(server.base)
     yield page
-    assert wrong == []
+    assert [text for text in wrong if "400 (Bad Request)" not in text] == []
 
 
 def set_up(page, **settings: str) -> None:
@@ -63,11 +74,21 @@ def answered(page) -> str:
     return page.locator(".turn.its .body").last.inner_text()
 
 
+def until(page, expression: str, seconds: float = 30) -> None:
+    """Wait for it to be true. (The page's own policy forbids Playwright's way, which evaluates strings.)"""
+    end = time.monotonic() + seconds
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, expression
+        page.wait_for_timeout(30)
+
+
 def pixels(page, canvas: str) -> int:
     """Distinct colours on a canvas: 1 where nothing is drawn."""
     return page.evaluate(
-        """id => { const c = document.getElementById(id), d = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
-        return new Set(new Uint32Array(d.buffer)).size; }""",
+        """id => {
+            const c = document.getElementById(id), seen = c.getContext("2d").getImageData(0, 0, c.width, c.height);
+            return new Set(new Uint32Array(seen.data.buffer)).size;
+        }""",
         canvas,
     )
 
@@ -84,18 +105,18 @@ def test_an_answer_streams_in_and_is_the_models(page, server) -> None:
     assert page.locator(".turn.mine .body").inner_text() == question
     assert f"{expected['usage']['completion_tokens']} tokens" in page.locator(".turn.its .note").inner_text()
     ask(page, "And 4 dogs?")  # the conversation goes on
-    page.wait_for_function("document.querySelectorAll('.turn.its:not(.writing)').length === 2")
+    until(page, "document.querySelectorAll('.turn.its:not(.writing)').length === 2")
     assert page.locator(".turn.mine").count() == 2
     page.click("#fresh")
     assert page.locator(".turn").count() == 0 and page.locator(".empty").is_visible()
 
 
 def test_memory_is_shown_live(page, server) -> None:
-    page.wait_for_function("document.getElementById('shape').textContent.includes('8 layers × 32 experts')")
+    until(page, "document.getElementById('shape').textContent.includes('8 layers × 32 experts')")
     assert page.locator("#model").inner_text() == "moespac-demo"
     answers = [server.complete("The sea", max_tokens=150, stream=True) for _ in range(2)]
-    page.wait_for_function("document.getElementById('span').textContent.startsWith('4 passes')")
-    page.wait_for_function("document.getElementById('model').className.includes('busy')")
+    until(page, "document.getElementById('span').textContent.startsWith('4 passes')")
+    until(page, "document.getElementById('model').className.includes('busy')")
     assert float(page.locator("#speed").inner_text()) > 0
     assert page.locator("#hits").inner_text().endswith("%")
     assert pixels(page, "heat") > 5 and pixels(page, "lanes") > 5
@@ -116,8 +137,7 @@ def test_escape_and_the_button_stop_an_answer(page, server) -> None:
     set_up(page, temperature="1", top_k="0", max_tokens="1500", seed="3")
     for stop in (lambda: page.keyboard.press("Escape"), lambda: page.click("#stop")):
         page.click("#fresh")
-        # An answer that goes on and on: the page's own request, with the end of text made impossible to reach early.
-        page.evaluate("settings.system = 'word '.repeat(200)")
+        page.evaluate("settings.system = 'word '.repeat(200)")  # the embedded model then goes on and on
         ask(page, "Tell me of a storm.")
         page.wait_for_selector("#stop:not([hidden])")
         stop()
@@ -128,15 +148,13 @@ def test_escape_and_the_button_stop_an_answer(page, server) -> None:
 
 
 def test_nothing_a_model_says_is_markup(page) -> None:
-    text = "<img src=x onerror='window.bad=1'><script>window.bad=1</script>\n\n**bold** `co<b>de` *it*\n\n- one\n- two\n\n```\n<i>x</i>\n```\n# head"
+    text = (
+        "<img src=x onerror='window.bad=1'><script>window.bad=1</script>\n\n**bold** `co<b>de` *it*\n\n"
+        "- one\n- two\n\n```\n<i>x</i>\n```\n# head"
+    )
+    events = "data: " + json.dumps({"choices": [{"delta": {"content": text}}]}) + "\n\ndata: [DONE]\n\n"
     page.route(
-        "**/v1/chat/completions",
-        lambda route: route.fulfill(
-            content_type="text/event-stream",
-            body="data: "
-            + __import__("json").dumps({"choices": [{"delta": {"content": text}}]})
-            + "\n\ndata: [DONE]\n\n",
-        ),
+        "**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=events)
     )
     ask(page, "<b>hello</b>")
     shown = answered(page)
@@ -152,13 +170,12 @@ def test_nothing_a_model_says_is_markup(page) -> None:
 
 def test_an_error_is_said_and_the_page_goes_on(page, server) -> None:
     set_up(page, max_tokens="100000")
-    page.once("console", lambda message: None)
     ask(page, "Hello")
     page.wait_for_selector(".turn.its .fail")
     assert "the context holds 2048 tokens" in page.locator(".turn.its .fail").inner_text()
     set_up(page, max_tokens="4")
     ask(page, "Hello")
-    page.wait_for_function("document.querySelectorAll('.turn.its .note:not(.fail):not(:empty)').length === 1")
+    until(page, "document.querySelectorAll('.turn.its .note:not(.fail):not(:empty)').length === 1")
 
 
 def test_dark_light_and_the_choice_stays(context, server) -> None:
@@ -169,7 +186,7 @@ def test_dark_light_and_the_choice_stays(context, server) -> None:
     assert page.evaluate(theme) == "dark"
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.emulate_media(color_scheme="light")
-    page.wait_for_function(theme + " === 'light'")
+    until(page, theme + " === 'light'")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != dark
     page.click("#theme")
     page.reload()
@@ -187,7 +204,9 @@ def test_narrow_screens(browser, server, width: int) -> None:
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "nothing sticks out"
         outside = page.evaluate(
             """() => [...document.querySelectorAll("button, textarea, .card, .tile")].filter(e => {
-                const r = e.getBoundingClientRect(); return r.width && (r.right > innerWidth + 1 || r.left < -1); }).map(e => e.id || e.className)"""
+                const box = e.getBoundingClientRect();
+                return box.width && (box.right > innerWidth + 1 || box.left < -1);
+            }).map(e => e.id || e.className)"""
         )
         assert outside == []
     context.close()
@@ -200,11 +219,11 @@ def test_the_key_is_asked_for_and_used(engine, context) -> None:
         page.wait_for_selector("#locked[open]")
         page.fill("#key", "wrong")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.getElementById('key-note').textContent === 'That key is wrong.'")
+        until(page, "document.getElementById('key-note').textContent === 'That key is wrong.'")
         page.wait_for_selector("#locked[open]")
         page.fill("#key", "sesame")
         page.keyboard.press("Enter")
-        page.wait_for_function("document.getElementById('model').textContent === 'moespac-demo'")
+        until(page, "document.getElementById('model').textContent === 'moespac-demo'")
         set_up(page, max_tokens="4")
         ask(page, "Hello")
         assert answered(page) is not None

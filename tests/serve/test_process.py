@@ -60,7 +60,7 @@ def test_the_key_comes_from_the_environment(tmp_path: Path) -> None:
         (["--api-key", "two\nlines"], "--api-key"),
         (["--model", "does-not-exist", "--port", "0"], "does-not-exist"),
         (["--lookup", "--no-draft"], "exclude each other"),
-        (["--port", "99999"], "99999"),
+        (["--port", "99999"], "--port"),
     ],
 )
 def test_what_cannot_be_is_one_line(flags: list[str], says: str) -> None:
