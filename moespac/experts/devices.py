@@ -38,11 +38,14 @@ class Groups:
     def __init__(self, routing: NDArray[np.int64], experts: int) -> None:
         flat = routing.reshape(-1)
         self.top_k = routing.shape[1]
-        self.counts = np.bincount(flat[(flat >= 0) & (flat < experts)], minlength=experts)
-        self.order = np.argsort(flat, kind="stable")  # rows of the (T * k) buffer, expert by expert
+        self.order = flat.argsort(kind="stable")  # rows of the (T * k) buffer, expert by expert
         # Some families route a token to "no expert" with a number outside the range; nobody computes such rows.
-        self.begins = np.count_nonzero(flat < 0) + np.cumsum(self.counts) - self.counts
-        self.complete = int(self.counts.sum()) == flat.size
+        self.complete = not flat.size or bool(flat[self.order[0]] >= 0 and flat[self.order[-1]] < experts)
+        within = flat if self.complete else flat[(flat >= 0) & (flat < experts)]
+        self.counts = np.bincount(within, minlength=experts)
+        self.begins = self.counts.cumsum() - self.counts
+        if not self.complete:
+            self.begins += np.count_nonzero(flat < 0)
 
     def rows(self, expert: int) -> torch.Tensor:
         """Rows of the (T * k) buffer that belong to ``expert``."""
@@ -78,12 +81,20 @@ class LayerTensors:
         self._out_device = torch.zeros_like(self._out, device=x.device) if self._apart else self._out
         self._host_experts: list[int] = []
 
-    def result(self) -> torch.Tensor:
-        """(T, k, hidden) on x's device, not yet weighted."""
+    def join(self, weights: torch.Tensor) -> torch.Tensor:
+        """(T, hidden): the sum over a token's experts, weighted by ``weights`` (T, k)."""
+        kernel, top_k = self._computers.kernel, self._groups.top_k
+        if kernel is not None and not self._apart:
+            return kernel.join(self._out, weights.float().contiguous(), top_k).to(self._x.dtype)
+        rows = self._gathered().view(-1, top_k, self._x.shape[1])
+        return (rows * weights.unsqueeze(-1)).sum(dim=1).to(self._x.dtype)
+
+    def _gathered(self) -> torch.Tensor:
+        """All rows (T * k, hidden), on x's device."""
         if self._apart and self._host_experts:
             rows = torch.cat([self._groups.rows(expert) for expert in self._host_experts])
             self._out_device[rows.to(self._x.device)] = self._out[rows].to(self._x.device)
-        return self._out_device.view(self._x.shape[0], self._groups.top_k, -1)
+        return self._out_device
 
     def compute_on_host(self, experts: list[int], slots: list[int]) -> NDArray[np.float64]:
         local = [expert - self._first_id for expert in experts]

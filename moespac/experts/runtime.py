@@ -106,11 +106,12 @@ class ExpertRuntime:
         unattended = self._window is None
         if unattended and layer == 0:
             self._routing, self._weights = [], []
+        groups = Groups(routing, self._shape.experts)
         # "No expert" is a number past the last one in some families; the policy knows it as -1.
-        self._routing.append(np.where(routing < self._shape.experts, routing, -1))
+        known = routing if groups.complete else np.where(routing < self._shape.experts, routing, -1)
+        self._routing.append(known)
         if self.recorder is not None:
             self._weights.append(weights.float().cpu().numpy())
-        groups = Groups(routing, self._shape.experts)
         first_id = layer * self._shape.experts
         retention = self._retention(layer)
         with self.clock.measure("decide"):
@@ -123,7 +124,7 @@ class ExpertRuntime:
         run.execute(placement, retention)
         if unattended and layer == self._shape.layers - 1:
             self._end_unattended_pass(routing.shape[0])
-        return (tensors.result() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+        return tensors.join(weights)
 
     def _foresee(self, layer: int, x: torch.Tensor) -> None:
         """Tell the policy what the gate of ``layer`` says to the hidden states of the layer before it."""

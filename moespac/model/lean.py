@@ -28,6 +28,8 @@ from moespac.experts.kernels.decoder import (
     NativeDecoder,
     NotServed,
     Projection,
+    Routed,
+    Router,
 )
 from moespac.experts.kernels.library import DecoderShape
 
@@ -118,11 +120,18 @@ class _Layer:
         x = x + self._attend(_normed(x, self._before), rotary, store, start, mask)
         return x + self.block(_normed(x, self._between)[None])[0]
 
-    def weights(self) -> LayerWeights:
-        """For the native decoder."""
+    def weights(self, routers: bool) -> LayerWeights:
+        """For the native decoder, its router among them if it can be."""
         q_norm, k_norm = (None if norm is None else norm.weight for norm in self._norms)
         norms = (self._before.weight, self._between.weight, q_norm, k_norm)
-        return LayerWeights(self.qkv, self.out, norms, _dense(self.block))
+        block = _dense(self.block) or (_router(self.block) if routers else None)
+        return LayerWeights(self.qkv, self.out, norms, block)
+
+    def experts(self, routed: Routed) -> torch.Tensor:
+        """The block's output (T, hidden), contiguous, where the native decoder left it to us."""
+        if routed.index is None:
+            return self.block(routed.x[None])[0].contiguous()
+        return self.block.experts.forward(routed.x, routed.index, routed.shares).contiguous()
 
     def _attend(
         self,
@@ -164,7 +173,8 @@ class _Layer:
 class LeanTrunk:
     """Runs a decoder over a window. Made by ``lean_trunk``."""
 
-    def __init__(self, model: Any, threads: int) -> None:
+    def __init__(self, model: Any, threads: int, routers: bool = True) -> None:
+        """``routers``: in the native kernel too, where they look like the usual one."""
         body = model.model
         self._embedding = body.embed_tokens.weight
         self._layers = [_Layer(layer) for layer in body.layers]
@@ -177,7 +187,7 @@ class LeanTrunk:
             p.out_features // self._width for p in (attention.q_proj, attention.k_proj)
         )
         self._scale = attention.scaling
-        self._native = self._native_decoder(threads)
+        self._native = self._native_decoder(threads, routers)
 
     def new_cache(self) -> LeanCache:
         padded = -(-self._width // HEAD_PAD) * HEAD_PAD
@@ -222,17 +232,17 @@ class LeanTrunk:
         block: torch.Tensor | None = None
         with _one_torch_thread():
             for number, layer in enumerate(self._layers):
-                normed = native.layer(number, x, block, store[number], start, rotary)
-                block = None if normed is None else layer.block(normed[None])[0].contiguous()
+                routed = native.layer(number, x, block, store[number], start, rotary)
+                block = None if routed is None else layer.experts(routed)
         return native.head(x[-keep:], None if block is None else block[-keep:])
 
-    def _native_decoder(self, threads: int) -> NativeDecoder | None:
+    def _native_decoder(self, threads: int, routers: bool) -> NativeDecoder | None:
         if self._embedding.device.type != "cpu" or self._embedding.dtype != torch.float32:
             return None
         padded = -(-self._width // HEAD_PAD) * HEAD_PAD
         sizes = (self._embedding.shape[1], self._heads, self._groups, self._width, padded)
         shape = DecoderShape(*sizes, self._norm.variance_epsilon, self._scale)
-        layers = [layer.weights() for layer in self._layers]
+        layers = [layer.weights(routers) for layer in self._layers]
         try:
             return NativeDecoder(layers, self._head, self._norm.weight, shape, threads)
         except NotServed as reason:
@@ -263,14 +273,16 @@ def lean_trunk(model: Any, threads: int) -> LeanTrunk | None:
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.arange(_CHECKED[-1][1]) * 7919 % vocabulary
     expected = model(input_ids=tokens[None].to(model.device), use_cache=False).logits[0].float()
-    lean = LeanTrunk(model, threads)
-    cache = lean.new_cache()
-    logits = torch.cat([lean(tokens[a:b], cache, b - a) for a, b in _CHECKED])
-    off = float((logits - expected).abs().max() / expected.std().clamp(min=1e-6))
-    if not off <= _TOLERANCE.get(model.dtype, _COARSE):
-        log.info("%s: transformers' own forward pass is used (%.1e off)", model.config.model_type, off)
-        return None
-    return lean
+    off = 0.0
+    for routers in (True, False):
+        lean = LeanTrunk(model, threads, routers)
+        cache = lean.new_cache()
+        logits = torch.cat([lean(tokens[a:b], cache, b - a) for a, b in _CHECKED])
+        off = float((logits - expected).abs().max() / expected.std().clamp(min=1e-6))
+        if off <= _TOLERANCE.get(model.dtype, _COARSE):
+            return lean
+    log.info("%s: transformers' own forward pass is used (%.1e off)", model.config.model_type, off)
+    return None
 
 
 def _has_the_parts(model: Any) -> bool:
@@ -341,6 +353,17 @@ def _dense(block: Any) -> DenseBlock | None:
     return DenseBlock(
         _fused([block.gate_proj, block.up_proj]), Projection(block.down_proj.weight), block.act_fn
     )
+
+
+def _router(block: Any) -> Router | None:
+    """The router of a block that consists of a plain one and of experts; None leaves the block to its module."""
+    gate: Any = getattr(block, "gate", None)
+    if _children(block) != {"gate", "experts"} or list(gate.state_dict()) != ["weight"]:
+        return None
+    top_k = getattr(gate, "top_k", None)
+    if not isinstance(top_k, int):
+        return None
+    return Router(Projection(gate.weight), top_k, bool(getattr(gate, "norm_topk_prob", True)))
 
 
 def _fused(layers: list[nn.Linear]) -> Projection:

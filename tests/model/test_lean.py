@@ -48,7 +48,9 @@ def test_logits_are_the_models_own(model, pieces: list[int]) -> None:
 def test_a_tokens_logits_do_not_depend_on_the_window_or_the_threads() -> None:
     """Of a dense model: a router in torch would round otherwise for other numbers of tokens."""
     torch.manual_seed(0)
-    config = Qwen3Config(vocab_size=97, hidden_size=320, intermediate_size=500, num_hidden_layers=2, head_dim=40)
+    config = Qwen3Config(
+        vocab_size=97, hidden_size=320, intermediate_size=500, num_hidden_layers=2, head_dim=40
+    )
     model = Qwen3ForCausalLM(config).eval()
     one, two = (LeanTrunk(model, threads) for threads in (1, 2))
     assert torch.equal(run(one, [1] * 20), run(two, [3, 4, 1, 12]))

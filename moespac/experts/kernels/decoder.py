@@ -44,13 +44,31 @@ class DenseBlock:
 
 
 @dataclass(frozen=True)
+class Router:
+    """Softmax over all experts, the largest ``top_k`` of it, made to add up to 1 where ``renormalise``."""
+
+    weight: Projection
+    top_k: int
+    renormalise: bool
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a layer's experts are asked: x (T, hidden) for experts index (T, k) int64 with their shares (T, k)."""
+
+    x: torch.Tensor
+    index: torch.Tensor | None  # None: the router is the caller's too
+    shares: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """One decoder layer. ``norms``: before attention, before the block, of q, of k (these two may be None)."""
 
     qkv: Projection
     out: Projection
     norms: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
-    dense: DenseBlock | None  # None where the block is the caller's
+    block: DenseBlock | Router | None  # None where all of the block is the caller's
 
 
 class NativeDecoder:
@@ -90,30 +108,34 @@ class NativeDecoder:
         store: torch.Tensor,
         start: int,
         rotary: tuple[torch.Tensor, torch.Tensor],
-    ) -> torch.Tensor | None:
+    ) -> Routed | None:
         """Layer ``number``: x (T, hidden), the residual stream, in place, after ``block`` (T, hidden) was added.
 
         ``store`` (2, G, room, padded D) has keys and values up to ``start``; ``rotary`` are cosines and sines,
-        (T, D), the sines of the first half negative. Returns what the layer's block takes, or None where the block
-        is dense and done.
+        (T, D), the sines of the first half negative. Returns what is left to the caller: nothing (None) where the
+        block is dense.
         """
-        normed = None if self._layers[number].up.matrix.rows else torch.empty_like(x)
+        routed = self._routed(self._layers[number], x)
         failed = self._run_layer(
             self._decoder,
             self._layer_addresses[number],
             x.data_ptr(),
-            None if block is None else block.data_ptr(),
+            _address(block),
             x.shape[0],
             store.data_ptr(),
             store.shape[2],
             start,
             rotary[0].data_ptr(),
             rotary[1].data_ptr(),
-            None if normed is None else normed.data_ptr(),
+            *(
+                (None, None, None)
+                if routed is None
+                else map(_address, (routed.x, routed.index, routed.shares))
+            ),
         )
         if failed:
             raise MemoryError("no memory for the activations of a pass")
-        return normed
+        return routed
 
     def head(self, x: torch.Tensor, block: torch.Tensor | None) -> torch.Tensor:
         """Logits (T, vocabulary) of x (T, hidden) once ``block`` is added."""
@@ -123,13 +145,22 @@ class NativeDecoder:
             self._head_address,
             self._norm,
             x.data_ptr(),
-            None if block is None else block.data_ptr(),
+            _address(block),
             x.shape[0],
             logits.data_ptr(),
         )
         if failed:
             raise MemoryError("no memory for the activations of a pass")
         return logits
+
+    def _routed(self, layer: DecoderLayer, x: torch.Tensor) -> Routed | None:
+        """What layer will fill."""
+        if layer.up.matrix.rows:
+            return None
+        if not layer.router.matrix.rows:
+            return Routed(torch.empty_like(x), None, None)
+        shape = (x.shape[0], layer.top_k)
+        return Routed(torch.empty_like(x), torch.empty(shape, dtype=torch.int64), torch.empty(shape))
 
     def _describe(self, layer: LayerWeights, width: int, library: ctypes.CDLL, isa: bytes) -> DecoderLayer:
         described = DecoderLayer(qkv=self._weights(layer.qkv), out=self._weights(layer.out))
@@ -138,12 +169,15 @@ class NativeDecoder:
         if q_norm is not None and k_norm is not None:
             described.q_norm, described.k_norm = self._vector(q_norm), self._vector(k_norm)
             described.whole_norms = int(q_norm.numel() != width)
-        if layer.dense is not None:
-            gate = find_gate(_DenseGate(layer.dense.activation), library, isa)
+        if isinstance(layer.block, DenseBlock):
+            gate = find_gate(_DenseGate(layer.block.activation), library, isa)
             if gate is None:
                 raise NotServed("the native kernel does not know the gate of its dense layers")
             described.gate = gate
-            described.up, described.down = self._weights(layer.dense.up), self._weights(layer.dense.down)
+            described.up, described.down = self._weights(layer.block.up), self._weights(layer.block.down)
+        elif isinstance(layer.block, Router):
+            described.router, described.top_k = self._weights(layer.block.weight), layer.block.top_k
+            described.renormalise = int(layer.block.renormalise)
         return described
 
     def _weights(self, projection: Projection) -> Weights:
@@ -162,6 +196,10 @@ class NativeDecoder:
         vector = weight.float().contiguous()
         self._held.append(vector)
         return vector.data_ptr()
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 class NotServed(Exception):

@@ -44,7 +44,7 @@ class HostKernel:
         self.isa = isa.decode()
         self._hidden = expert.down.rows
         self._record_bytes = record_bytes
-        self._run = library.moespac_kernel_run
+        self._run, self._join = library.moespac_kernel_run, library.moespac_join
         self._kernel = library.moespac_kernel_new(ctypes.addressof(expert), max(1, threads), isa)
         if not self._kernel:
             raise MemoryError("no memory for the native kernel")
@@ -119,6 +119,15 @@ class HostKernel:
         if failed:
             raise MemoryError("no memory for the activations of a pass")
         return seconds
+
+    def join(self, x: torch.Tensor, weights: torch.Tensor, top_k: int) -> torch.Tensor:
+        """x (T * k, hidden), weights (T, k), both float32 and contiguous -> (T, hidden), weighted sums."""
+        tokens, hidden = x.shape[0] // top_k, x.shape[1]
+        assert x.dtype == weights.dtype == torch.float32 and x.is_contiguous() and weights.is_contiguous()
+        assert weights.shape == (tokens, top_k)
+        joined = torch.empty(tokens, hidden)
+        self._join(x.data_ptr(), weights.data_ptr(), tokens, top_k, hidden, joined.data_ptr())
+        return joined
 
 
 def _address(array: NDArray[np.int64]) -> int:

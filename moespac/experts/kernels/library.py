@@ -58,6 +58,8 @@ class DecoderLayer(ctypes.Structure):
     _fields_ = [
         *((name, Weights) for name in ("qkv", "out", "up", "down")),
         ("gate", Gate),
+        ("router", Weights),
+        *((name, ctypes.c_int64) for name in ("top_k", "renormalise")),
         *((name, ctypes.c_void_p) for name in ("before", "between", "q_norm", "k_norm")),
         ("whole_norms", ctypes.c_int64),
     ]
@@ -87,8 +89,9 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_decoder_free": (None, [_POINTER]),
     "moespac_decoder_layer": (
         ctypes.c_int,
-        [*[_POINTER] * 4, ctypes.c_int, _POINTER, _INT64, _INT64, *[_POINTER] * 3],
+        [*[_POINTER] * 4, ctypes.c_int, _POINTER, _INT64, _INT64, *[_POINTER] * 5],
     ),
+    "moespac_join": (None, [_POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER]),
     "moespac_decoder_head": (ctypes.c_int, [*[_POINTER] * 5, ctypes.c_int, _POINTER]),
 }
 

@@ -6,6 +6,7 @@
  */
 #include "decoder.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "kernels.h"
@@ -25,8 +26,10 @@ typedef struct {
 /* Addresses of float32 vectors; NULL where there is none. The q and k norms are over `norm_width` numbers. */
 typedef struct {
     Weights qkv, out;
-    Weights up, down; /* up.matrix.rows is 0 where the block is the caller's */
+    Weights up, down; /* a dense block; up.matrix.rows is 0 where there is none */
     Gate gate;
+    Weights router; /* of a block of experts, which are the caller's; router.matrix.rows is 0 where that is too */
+    int64_t top_k, renormalise; /* the shares of a token's experts are made to add up to 1 */
     const float *before, *between, *q_norm, *k_norm;
     int64_t whole_norms; /* q and k are normed over all heads, not head by head */
 } Layer;
@@ -189,6 +192,34 @@ static void norm_all(Decoder *decoder, const float *x, const float *weight, int 
         decoder->decoder_isa->norm(x + t * hidden, weight, decoder->shape.epsilon, hidden, out + t * hidden);
 }
 
+/* A token's `top_k` largest of the softmax over `logits` (experts), in place: their numbers, the largest first, the
+ * lower number first among equals, and their shares. */
+static void choose_experts(const Layer *layer, float *logits, int64_t *index, float *shares) {
+    int64_t experts = layer->router.matrix.rows;
+    float largest = logits[0], total = 0.0f, kept = 0.0f;
+    for (int64_t e = 1; e < experts; e++) largest = logits[e] > largest ? logits[e] : largest;
+    for (int64_t e = 0; e < experts; e++) total += logits[e] = expf(logits[e] - largest);
+    for (int64_t k = 0; k < layer->top_k; k++) {
+        int64_t best = 0;
+        for (int64_t e = 1; e < experts; e++) best = logits[e] > logits[best] ? e : best;
+        index[k] = best;
+        kept += shares[k] = logits[best] / total;
+        logits[best] = -1.0f;
+    }
+    for (int64_t k = 0; layer->renormalise && k < layer->top_k; k++) shares[k] /= kept;
+}
+
+static int route(Decoder *decoder, const Layer *layer, const float *normed, int tokens, int64_t *index,
+                 float *shares) {
+    int64_t experts = layer->router.matrix.rows;
+    if (!reserve((void **)&decoder->wide, &decoder->wide_capacity, (size_t)(4 * tokens * experts)) ||
+        !multiply(decoder, &layer->router, normed, tokens, decoder->wide))
+        return 0;
+    for (int t = 0; t < tokens; t++)
+        choose_experts(layer, decoder->wide + t * experts, index + t * layer->top_k, shares + t * layer->top_k);
+    return 1;
+}
+
 static int dense_block(Decoder *decoder, const Layer *layer, float *x, int tokens) {
     int64_t rows = layer->up.matrix.rows, width = layer->down.matrix.columns;
     if (!reserve((void **)&decoder->wide, &decoder->wide_capacity, (size_t)(4 * tokens * rows)) ||
@@ -205,10 +236,11 @@ static int dense_block(Decoder *decoder, const Layer *layer, float *x, int token
 /* One layer for `tokens` <= MAX_TOKENS: x (tokens, hidden) is the residual stream, in place; `block` (or NULL) is
  * what the block before gave, and is added first. store (2, groups, room, padded) holds the layer's keys and values
  * up to `start`; cos and sin (tokens, width). normed (tokens, hidden) is what the caller's block takes, where the
- * block is the caller's. Returns 0, or -1 when memory is short. */
+ * block is not dense; index and shares (tokens, top_k) say which experts, where the layer has a router. Returns 0, or
+ * -1 when memory is short. */
 EXPORT int moespac_decoder_layer(Decoder *decoder, const Layer *layer, float *x, const float *block, int tokens,
                                  float *store, int64_t room, int64_t start, const float *cos, const float *sin,
-                                 float *normed) {
+                                 float *normed, int64_t *index, float *shares) {
     const Shape *shape = &decoder->shape;
     float *values = store + shape->groups * room * shape->padded;
     if (block) add(x, block, tokens * shape->hidden);
@@ -218,7 +250,18 @@ EXPORT int moespac_decoder_layer(Decoder *decoder, const Layer *layer, float *x,
     add(x, decoder->normed, tokens * shape->hidden);
     int dense = layer->up.matrix.rows > 0;
     norm_all(decoder, x, layer->between, tokens, dense ? decoder->normed : normed);
-    return dense && !dense_block(decoder, layer, x, tokens) ? -1 : 0;
+    if (dense) return dense_block(decoder, layer, x, tokens) ? 0 : -1;
+    return layer->router.matrix.rows && !route(decoder, layer, normed, tokens, index, shares) ? -1 : 0;
+}
+
+/* y (tokens, hidden) = sum over k of weights (tokens, top_k) * x (tokens, top_k, hidden), always in this order. */
+EXPORT void moespac_join(const float *x, const float *weights, int64_t tokens, int64_t top_k, int64_t hidden,
+                         float *y) {
+    for (int64_t t = 0; t < tokens; t++, y += hidden) {
+        memset(y, 0, (size_t)(4 * hidden));
+        for (int64_t k = 0; k < top_k; k++, x += hidden, weights++)
+            for (int64_t i = 0; i < hidden; i++) y[i] += *weights * x[i];
+    }
 }
 
 /* logits (tokens, rows of head) of x (tokens, hidden), which `block` (or NULL) is added to. */
