@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 import moespac
-from moespac.cli.flags import DraftFlags, MemoryFlags, Model, ProfileFlags
+from moespac.cli.flags import DraftFlags, MemoryFlags, Model, ProfileFlags, TimelineFlags
 from moespac.cli.spread import spread
 from moespac.config import ServeConfig
 from moespac.errors import ConfigError
@@ -60,6 +60,7 @@ def serve(
     draft: DraftFlags,
     memory: MemoryFlags,
     profile: ProfileFlags,
+    timeline: TimelineFlags,
 ) -> None:
     """Serve a model: OpenAI's API at /v1, a page to chat and to watch memory at /, metrics at /metrics.
 
@@ -81,9 +82,9 @@ def serve(
             "anybody who reaches %s may use this server: set MOESPAC_API_KEY, or leave --host out", host
         )
 
-    with moespac.load(model, **settings) as engine:
+    with timeline.recording() as record, moespac.load(model, **settings) as engine:
         name = EMBEDDED if model is None else _name(model)
-        service = server.Service(engine, name, config, api_key)
+        service = server.Service(engine, name, config, api_key, record)
 
         def say() -> None:
             typer.echo(f"{name}: {server.url(listener)}/ (page), {server.url(listener)}/v1 (API)", err=True)

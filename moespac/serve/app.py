@@ -39,6 +39,7 @@ from moespac.serve.schemas import (
 )
 from moespac.serve.words import Words
 from moespac.serve.worker import GONE, Worker
+from moespac.timeline import Record
 
 T = TypeVar("T")
 
@@ -53,8 +54,15 @@ _STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stre
 class Service:
     """One engine, served: what the routes need."""
 
-    def __init__(self, engine: Engine, model: str, config: ServeConfig, api_key: str | None = None) -> None:
-        """``model``: the name it is asked for by."""
+    def __init__(
+        self,
+        engine: Engine,
+        model: str,
+        config: ServeConfig,
+        api_key: str | None = None,
+        record: Record | None = None,
+    ) -> None:
+        """``model``: the name it is asked for by; ``record``: where the timeline goes, beside the page."""
         self.model = model
         self.config = config
         self.api_key = api_key
@@ -63,7 +71,7 @@ class Service:
         self.metrics = Metrics()
         observers: list[Any] = [self.metrics]
         self.worker = Worker(engine, config, observers)
-        self.live = Live(engine, self.worker, config)
+        self.live = Live(engine, self.worker, config, record)
         observers.append(self.live)
         self.metrics.watch(engine, self.worker)
         self.sent: Callable[[float], None] = (

@@ -15,7 +15,7 @@ from moespac.config import ServeConfig
 from moespac.engine.engine import Engine, Piece
 from moespac.serve.answer import Answer
 from moespac.serve.worker import Worker
-from moespac.timeline import Event, Timeline
+from moespac.timeline import Event, Record, Timeline
 
 # One byte an expert: its utility level, and flags.
 LEVEL, HOST, ACCELERATOR, ARRIVING_HOST, ARRIVING_ACCELERATOR, USED = 0b111, 8, 16, 32, 64, 128
@@ -36,8 +36,13 @@ class Live:
     """Rates over the latest steps, and the picture of memory. ``look`` is for the event loop, the rest is called on
     the engine's thread."""
 
-    def __init__(self, engine: Engine, worker: Worker, config: ServeConfig) -> None:
+    def __init__(
+        self, engine: Engine, worker: Worker, config: ServeConfig, record: Record | None = None
+    ) -> None:
+        """``record``: who else wants the timeline, all of it."""
         self._engine = engine
+        self._other_record = record
+        engine.record_timeline(record)
         self._worker = worker
         self._config = config
         self._steps: deque[Step] = deque(maxlen=config.live_steps)
@@ -72,7 +77,7 @@ class Live:
         def run() -> None:
             if not self._watched:
                 self._watched = True
-                self._engine.record_timeline(self._timeline.record)
+                self._engine.record_timeline(_both(self._timeline.record, self._other_record))
             self._picture, self._taken = self._take(), time.monotonic()
             loop.call_soon_threadsafe(settle)
 
@@ -88,14 +93,13 @@ class Live:
         )
         if self._watched and time.monotonic() - self._wanted > self._config.live_watched:
             self._watched = False
-            self._engine.record_timeline(None)
+            self._engine.record_timeline(self._other_record)
 
     def ended(self, answer: Answer) -> None: ...
 
     def stop(self) -> None:
         """The worker has ended: nobody looks any more."""
-        if self._watched:
-            self._engine.record_timeline(None)
+        self._engine.record_timeline(None)
 
     # ---- within --------------------------------------------------------------------------------------
 
@@ -153,6 +157,17 @@ class Live:
             "acceptance": sum(s.accepted for s in steps) / drafted if drafted else None,
             "hit_rate": hits / (hits + misses) if hits + misses else None,
         }
+
+
+def _both(mine: Record, other: Record | None) -> Record:
+    if other is None:
+        return mine
+
+    def record(lane: str, name: str, start: float, duration: float) -> None:
+        mine(lane, name, start, duration)
+        other(lane, name, start, duration)
+
+    return record
 
 
 def _latest_passes(events: list[Event], passes: int, most: int) -> list[tuple[str, str, float, float]]:

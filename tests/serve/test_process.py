@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import sys
@@ -17,7 +18,7 @@ from tests.serve.running import Events, events, in_process, in_thread
 
 
 def test_sigterm_lets_a_running_answer_finish_and_ends_well(tmp_path: Path) -> None:
-    with in_process(cwd=tmp_path) as (process, server):
+    with in_process("--timeline", "lanes.json", cwd=tmp_path) as (process, server):
         assert server.complete("The sea", max_tokens=2).status_code == 200
         stream = Events(server.complete("The sea", max_tokens=60, stream=True))
         next(stream)
@@ -26,6 +27,12 @@ def test_sigterm_lets_a_running_answer_finish_and_ends_well(tmp_path: Path) -> N
         assert process.wait(30) == 0
         with pytest.raises(OSError):
             server.get("/health")
+    lanes = {
+        e["args"]["name"]
+        for e in json.loads((tmp_path / "lanes.json").read_text())["traceEvents"]
+        if "args" in e
+    }
+    assert {"trunk", "decide", "request"} <= lanes
 
 
 def test_what_does_not_finish_in_time_ends_in_an_error(engine) -> None:
