@@ -78,8 +78,10 @@ class Live:
             if not self._watched:
                 self._watched = True
                 self._engine.record_timeline(_both(self._timeline.record, self._other_record))
-            self._picture, self._taken = self._take(), time.monotonic()
-            loop.call_soon_threadsafe(settle)
+            try:
+                self._picture, self._taken = self._take(), time.monotonic()
+            finally:
+                loop.call_soon_threadsafe(settle)
 
         return run
 

@@ -70,7 +70,7 @@ class Worker:
     def submit(self, answer: Answer) -> None:
         """Queue an answer. Raises ApiError when the queue is full or the server is about to stop."""
         with self._change:
-            if not self._open:
+            if not self.is_open:
                 raise shutting_down()
             if self.active + self.waiting >= self._config.parallel + self._config.queue:
                 raise queue_full(self._retry_after())
@@ -160,10 +160,16 @@ class Worker:
             if answer is not None:
                 self._look_at(answer)
             if errand is not None:
-                errand()
+                self._run_errand(errand)
         with self._change:
             while self._waiting and len(self._active) < self._config.parallel:
                 self._active.append(self._waiting.popleft())
+
+    def _run_errand(self, errand: Callable[[], None]) -> None:
+        try:
+            errand()
+        except Exception:  # whoever asked has no answer; the others still do
+            log.exception("looking at the engine failed")
 
     def _look_at(self, answer: Answer) -> None:
         """Check the request against the model and make its stream; it then waits for a place."""

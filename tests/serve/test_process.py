@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -20,6 +21,9 @@ from tests.serve.running import Events, events, in_process, in_thread
 def test_sigterm_lets_a_running_answer_finish_and_ends_well(tmp_path: Path) -> None:
     with in_process("--timeline", "lanes.json", cwd=tmp_path) as (process, server):
         assert server.complete("The sea", max_tokens=2).status_code == 200
+        connections = psutil.Process(process.pid).net_connections("inet")
+        listening = {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+        assert listening == {"127.0.0.1"}, "nobody else gets in unless asked"
         stream = Events(server.complete("The sea", max_tokens=60, stream=True))
         next(stream)
         process.send_signal(signal.SIGTERM)

@@ -175,3 +175,11 @@ def test_nobody_looking_costs_nothing(engine) -> None:
         assert engine.runtime.clock.tape.record is not None
         server.complete("The sea", max_tokens=3)
         assert engine.runtime.clock.tape.record is None, "nobody looks any more"
+
+
+def test_a_policy_without_levels_shows_tiers_only() -> None:
+    import moespac
+
+    with moespac.load(host_memory="25%", policy="lru", profile=None) as engine, in_thread(engine) as server:
+        seen = server.get("/api/live").json()
+        assert seen["levels"] is None and seen["policy"] == "lru" and seen["tokens_per_second"] is None
