@@ -344,6 +344,28 @@ class PlanConfig:
 
 
 @dataclass(frozen=True)
+class ServeConfig:
+    """How requests share the engine, and what a client may send."""
+
+    queue: int = 32  # requests that wait; one more is told when to come again
+    parallel: int = 4  # answers that take turns: each holds a KV cache, and the others' experts go cold
+    turn_windows: int = 4  # windows a turn: as long as an expert stays resident (BalanceConfig), so that a turn
+    # finds again what it fetched; a drafter's and a reader's patience allow more
+    max_tokens_limit: int = 0  # of one answer; 0: as many as the context holds
+    body_bytes: int = 2 << 20  # of one request: half a million tokens of text
+    header_bytes: int = 16 << 10  # of one request; what most servers allow
+    connections: int = 256  # open at once
+    grace_seconds: float = 10.0  # that running answers have to finish once the server is told to stop
+    live_seconds: float = 0.15  # between two looks at the engine, however many look
+    live_wait: float = 1.0  # for a look; a longer pass shows what was seen last
+    live_watched: float = 5.0  # seconds after the last look in which the timeline goes on being recorded
+    live_steps: int = 32  # that the rates on the page are taken over: some seconds
+    live_passes: int = 4  # that the page's timeline shows
+    live_spans: int = 2000  # of the timeline, at most: four passes of the embedded model have some 500
+    speed_life: float = 8.0  # mean life, in answers, of what one answer costs: for Retry-After
+
+
+@dataclass(frozen=True)
 class GovernorConfig:
     """How the number of drafted tokens is chosen."""
 

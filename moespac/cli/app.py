@@ -24,6 +24,7 @@ from moespac.cli import (
     prepare,
     profile,
     report,
+    serve,
     simulate,
     trace,
 )
@@ -62,6 +63,7 @@ app = typer.Typer(
 _RUN, _PREPARE, _MEASURE = "Run a model", "Prepare a model", "Measure"
 app.command(rich_help_panel=_RUN)(generate.generate)
 app.command(rich_help_panel=_RUN)(chat.chat)
+app.command(rich_help_panel=_RUN)(serve.serve)
 app.command(rich_help_panel=_RUN)(demo.demo)
 app.command(rich_help_panel=_PREPARE)(plan.plan)
 app.command(rich_help_panel=_PREPARE)(prepare.pack)

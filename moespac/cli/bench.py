@@ -9,6 +9,7 @@ from moespac.cli import (
     bench_kernels,
     bench_paper,
     bench_plan,
+    bench_soak,
     bench_validate,
     bench_validity,
 )
@@ -20,6 +21,7 @@ app.command()(bench_validate.validate)
 app.command()(bench_validity.validity)
 app.command()(bench_kernels.kernels)
 app.command()(bench_plan.plan)
+app.command()(bench_soak.soak)
 
 
 @app.callback()
