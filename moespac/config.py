@@ -268,9 +268,10 @@ class DecodeBenchConfig:
     lookup_ngram: int = 2  # llama-cpp-python's own defaults of prompt lookup ...
     lookup_tokens: int = 10
     margin_bytes: int = 96 << 20  # free beside experts and process: under it the kernel evicts code that runs
-    loading_bytes: int = 2 << 30  # free while a contender loads: the limit is on decoding, not on loading
+    loading_bytes: int = 4 << 30  # free while a contender loads: the limit is on decoding, not on loading
     ballast_chunk: int = 16 << 20  # locked or freed at once: as near as the limit comes to what was asked for
     ballast_tries: int = 8  # adjustments until the kernel's own figure agrees; it lags behind
+    memory_bytes: int = 256 << 20  # read for the memory's bandwidth; no cache is as large
     storage_depth: int = 8  # reads in flight when the storage's bandwidth is measured
     storage_seconds: float = 1.0  # of reading; measured again in each round
 

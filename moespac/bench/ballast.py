@@ -126,11 +126,11 @@ class LockedMemory:
 
 def _serve() -> None:
     """A number of bytes to leave on each line of input; what is available then is the answer."""
-    with contextlib.suppress(OSError):
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write(str(_EXPENDABLE))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write(str(_EXPENDABLE))
     memory = LockedMemory(DecodeBenchConfig())
     for line in sys.stdin:
+        answer: dict[str, int | str]
         try:
             answer = {"available": memory.leave(int(line))}
         except ConfigError as error:
@@ -139,5 +139,7 @@ def _serve() -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):  # the parent's Ctrl-C reaches the whole group; the parent decides
+    with contextlib.suppress(
+        KeyboardInterrupt
+    ):  # the parent's Ctrl-C reaches the whole group; the parent decides
         _serve()

@@ -1,9 +1,9 @@
 """BOUND: what no schedule of experts can beat, for the passes that a run made.
 
 While decoding, experts that are not in memory must be read, and experts that are active must be computed, which
-takes at least reading their weights from memory. The clairvoyant policy (Belady 1966, with bypass) reads the fewest;
-both at the full bandwidth, and at the same time, is the bound. Each text's decoding begins with the best possible
-content of memory: what its prefill reads is the prefill's.
+takes at least reading their weights from memory. The clairvoyant policy (Belady 1966, with bypass) reads the
+fewest; both at the full bandwidth, and at the same time, is the bound. Each text's decoding begins with the best
+possible content of memory: what its prefill reads is the prefill's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Who runs, by name.
 
-``llama.cpp``, ``llama.cpp+draft``, ``llama.cpp+lookup``: through llama-cpp-python, the file mapped into memory (mmap).
+``llama.cpp``, ``llama.cpp+draft``, ``llama.cpp+lookup``: through llama-cpp-python, the file mapped (mmap).
 ``llama.cpp-ram``, with ``+draft`` or ``+lookup``: the same, loaded into memory; only where everything fits.
 ``transformers``: all in memory, in bfloat16; ``transformers+disk``: what does not fit is left to accelerate.
 Every other name is a policy of this engine (``moe-spac``, ``lru``, ``hybrimoe`` ...) on its own, or with ``+draft``

@@ -1,8 +1,8 @@
 """A Qwen3 or Qwen3-MoE checkpoint as a GGUF file, for llama.cpp: the same weights, the same vocabulary.
 
-Names and keys are those of the format's published description and of its ``gguf`` package. Matrices take the wanted
-type, as with llama.cpp's own quantiser; norms and the router stay in float32. Rows of 192 weights are no multiple of
-the 256 that the K-quants want, so experts of 4 bits are Q4_0.
+Names and keys are those of the format's published description and of its ``gguf`` package. Matrices take the
+wanted type, as with llama.cpp's own quantiser; norms and the router stay in float32. Rows of 192 weights are no
+multiple of the 256 that the K-quants want, so experts of 4 bits are Q4_0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from moespac.progress import ProgressOption, progress_over
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
 
-GGUF_TYPES = {"f32": "F32", "bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # of experts, by the pack's format
+GGUF_TYPES = {
+    "f32": "F32",
+    "bf16": "BF16",
+    "int8": "Q8_0",
+    "int4": "Q4_0",
+}  # of experts, by the pack's format
 _TRUNK_TYPES = GGUF_TYPES | {"int4": "Q8_0"}  # of the other matrices: small, and not worth an error
 
 _ARCHITECTURES = {"qwen3_moe": "qwen3moe", "qwen3": "qwen3"}
@@ -191,9 +196,7 @@ def _token_type(number: int, ids: dict[int, str], special: dict[int, str], types
     return types.CONTROL if number in special else types.NORMAL
 
 
-def _write_tensors(
-    writer: GGUFWriter, tensors: list[_Tensor], format: str, progress: ProgressOption
-) -> None:
+def _write_tensors(writer: GGUFWriter, tensors: list[_Tensor], format: str, progress: ProgressOption) -> None:
     """One after the other: together they are larger than memory."""
     from gguf import quant_shape_to_byte_shape
     from gguf.quants import quantize

@@ -51,9 +51,7 @@ class EngineDecoder(Decoder):
             accepted=self._recorder.accepted,
             hit_rate=summary.hit_rate,
             causes={
-                cause: spent
-                for cause, spent in summary.seconds.items()
-                if cause not in ("prefill", "total")
+                cause: spent for cause, spent in summary.seconds.items() if cause not in ("prefill", "total")
             },
         )
 

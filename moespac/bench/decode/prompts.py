@@ -22,7 +22,10 @@ class Text:
 BUILT_IN = (
     Text("chat", "I have a free afternoon and it is raining. What would you do with it, and why?"),
     Text("code", 'def median(values):\n    """The middle value of a list of numbers."""\n', chat=False),
-    Text("maths", "A baker sells 12 rolls at 3 coins each and 5 loaves at 8 coins each. How much is that in all?"),
+    Text(
+        "maths",
+        "A baker sells 12 rolls at 3 coins each and 5 loaves at 8 coins each. How much is that in all?",
+    ),
     Text(
         "summarise",
         "Say in one sentence what this is about: The ferry left an hour late because of fog. Half of the travellers"

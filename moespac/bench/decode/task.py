@@ -78,12 +78,12 @@ class Decoder(ABC):
         """``tokens`` + 1 new ones, or fewer: at least two passes are made, no new one after ``deadline``
         (of ``time.perf_counter``)."""
 
-    def begin(self) -> None:  # noqa: B027
+    def begin(self) -> None:
         """What was decoded so far was warming up."""
 
     def bounds(self) -> dict[str, Any]:
         """What the decoding since ``begin`` cannot do without, where that is known."""
         return {}
 
-    def close(self) -> None:  # noqa: B027
+    def close(self) -> None:
         """Free what it holds."""
