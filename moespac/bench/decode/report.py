@@ -193,7 +193,7 @@ _METHOD = """## How it was measured
 - llama.cpp's file holds the same weights as F32, BF16, Q8_0 or Q4_0 for f32, bf16, int8 and int4. transformers
   computes in bfloat16; +disk leaves to accelerate what does not fit the same number of bytes.
 - The bound of a run: the experts that a clairvoyant cache of the same size would still have read for its passes,
-  over the storage bandwidth, or the weights of all active experts over the memory bandwidth, whichever takes longer.
+  over the storage bandwidth, or the weights of all active experts over the memory bandwidth, whichever is longer.
   Each prompt's decoding starts with the best possible content of memory."""
 
 
