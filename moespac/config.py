@@ -47,7 +47,9 @@ class SensorConfig:
     table_memory: float = 500.0  # sightings a row averages over; float16 could not take smaller steps
     recent_memory: float = 5.0  # sightings that the second average of a row, of the present text, spans
     recent_weight: float = 8.0  # what one of those counts for: this text's use of a token over all others
-    pair_bytes: int = 16 << 20  # routing kept to look pairs up in: the latest 21,000 tokens of 48 layers, top 8
+    pair_bytes: int = (
+        16 << 20
+    )  # routing kept to look pairs up in: the latest 21,000 tokens of 48 layers, top 8
     pair_sightings: int = 4  # of a pair, the latest; more say nothing new
     pair_fade: float = 0.7  # weight of each beside the one after it
     pair_prior: float = 3.0  # sightings' worth of what the token table says
@@ -70,7 +72,9 @@ class UtilityConfig:
     histogram_windows: float = 16.0  # mean life of the demand histogram: it follows K, acceptance and text
     level_weight: float = 0.01  # what a level adds to the expected count per token when experts are ordered
     prefetch_margin: float = 2.0  # times a victim's utility before it makes way: a quarter less to read
-    copy_margin: float = 8.0  # the same for a copy to the accelerator, which saves no wait: the CPU could compute
+    copy_margin: float = (
+        8.0  # the same for a copy to the accelerator, which saves no wait: the CPU could compute
+    )
     pass_discount: float = 0.8  # worth of a need one full pass away: less certain, and time to refetch
     copy_worth: float = 0.25  # worth in host memory of what the accelerator has: a refetch saved, if it goes
 
@@ -225,7 +229,11 @@ class MeasureConfig:
     memory_bytes: int = 512 << 20  # read for the memory's bandwidth; no cache is as large
     storage_bytes: int = 1 << 30  # of the temporary file: what a disk's own cache holds is a small part of it
     storage_seconds: float = 1.5  # of reading, for each size and depth: disks vary within one second
-    block_bytes: tuple[int, ...] = (1 << 20, 4 << 20, 9 << 20)  # int4 to 16-bit experts of fine-grained models
+    block_bytes: tuple[int, ...] = (
+        1 << 20,
+        4 << 20,
+        9 << 20,
+    )  # int4 to 16-bit experts of fine-grained models
     depths: tuple[int, ...] = (1, 2, 4, 8, 16)  # reads in flight
     depth_slack: float = 1.1  # the least depth that reads this near to the fastest is enough: disks are noisy
     expert_hidden: int = 2048  # Qwen3-30B-A3B's expert: 4.7 million weights, of the size that models have
@@ -260,14 +268,17 @@ class DecodeBenchConfig:
     warmup_tokens: int = 16  # of one prompt before the measured ones: caches fill, pages are mapped
     ready_tokens: int = 2  # generated before the memory limit is set: libraries and buffers are then in place
     rounds: int = 2  # in each round all contenders run once; more rounds, narrower medians
-    decode_seconds: float = 25.0  # of one run; a slower contender's rate is that of the tokens it came to
+    warmup_seconds: float = 8.0  # at most
+    decode_seconds: float = 15.0  # of one run; a slower contender's rate is that of the tokens it came to
     run_seconds: float = 120.0  # of one run with loading; then it is ended and reported as out of time
     baseline_window: int = 4  # K of baselines with speculation: fixed, the paper's
     llama_draft_most: int = 16  # llama.cpp's own default (--draft-max) ...
     llama_draft_probability: float = 0.75  # ... and below this probability it ends a draft (--draft-p-min)
     lookup_ngram: int = 2  # llama-cpp-python's own defaults of prompt lookup ...
     lookup_tokens: int = 10
-    margin_bytes: int = 96 << 20  # free beside experts and process: under it the kernel evicts code that runs
+    margin_bytes: int = (
+        96 << 20
+    )  # free beside experts and process: the kernel's own, and what other programs touch
     loading_bytes: int = 4 << 30  # free while a contender loads: the limit is on decoding, not on loading
     ballast_chunk: int = 16 << 20  # locked or freed at once: as near as the limit comes to what was asked for
     ballast_tries: int = 8  # adjustments until the kernel's own figure agrees; it lags behind
@@ -280,9 +291,13 @@ class DecodeBenchConfig:
 class SimulationConfig:
     """What a simulation assumes where neither the trace nor the hardware profile says it."""
 
-    prompt_tokens: int = 32  # that a text without a recorded prompt lends: caches and counters have seen something
+    prompt_tokens: int = (
+        32  # that a text without a recorded prompt lends: caches and counters have seen something
+    )
     next_gate_accuracy: float = 0.97  # of a layer's gate on the hidden states before it; Fate (2025)
-    draft_routing_accuracy: float = 0.9  # of what a drafter's states say of the target; not published, between
+    draft_routing_accuracy: float = (
+        0.9  # of what a drafter's states say of the target; not published, between
+    )
     # the share of experts that repeat at the next token and the next gate's
     host_share: float = 0.9  # of host memory for experts: the system and the program need the rest
 
@@ -293,11 +308,17 @@ class GovernorConfig:
 
     most: int = 8  # K is at most this: acceptance beyond is rare, and every token touches new experts
     acceptance_prior: float = 0.7  # before anything was verified: worth a try
-    mean_passes: float = 16.0  # mean life of the measurements: a change of text shows within some twenty passes
+    mean_passes: float = (
+        16.0  # mean life of the measurements: a change of text shows within some twenty passes
+    )
     first_passes: int = 6  # in which few, no and many drafts are measured once
-    probe_passes: int = 16  # then a neighbour of the best is tried after this many passes, ever more rarely ...
+    probe_passes: int = (
+        16  # then a neighbour of the best is tried after this many passes, ever more rarely ...
+    )
     probe_passes_most: int = 64  # ... down to this: probes of a hopeless K then cost some 1%
-    token_share: float = 0.5  # of a token's share of a pass, what one more costs where no size near was measured
+    token_share: float = (
+        0.5  # of a token's share of a pass, what one more costs where no size near was measured
+    )
 
 
 @dataclass(frozen=True)
@@ -307,7 +328,9 @@ class EngineConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     method: PolicyConfig = field(default_factory=PolicyConfig)
     policy: str = "moe-spac"
-    window: int | Literal["auto"] = "auto"  # drafted tokens a pass (K); 0: no speculation; auto: as many as pay
+    window: int | Literal["auto"] = (
+        "auto"  # drafted tokens a pass (K); 0: no speculation; auto: as many as pay
+    )
     governor: GovernorConfig = field(default_factory=GovernorConfig)  # chooses K in auto
     prefill_chunk: int = (
         2048  # prompt tokens a pass: each pass reads nearly all experts, each token costs memory

@@ -12,6 +12,7 @@ from moespac.bench.decode.bound import Needs
 from moespac.bench.decode.records import FAILED, MISSING, Record, next_round, read_records
 from moespac.bench.decode.report import markdown
 from moespac.bench.decode.summary import claims, lines, ratio, share_of_bound
+from moespac.config import DecodeBenchConfig
 from moespac.errors import ConfigError
 from tests.bench.small_decode import SETTING, record, text
 
@@ -134,7 +135,7 @@ def test_the_report_says_who_is_missing_who_failed_and_who_was_cut_short() -> No
     assert "| lru | 2.00 | 2.00–2.00 | 2.00× |" in said
     assert "| moe-spac | 4.00 | 4.00 |" in said  # the curve
     assert "| moe-spac | 25% | 100.0 |" in said and "nothing" not in said  # 1 s over 10 tokens
-    assert "96 MB" in said and "K = 4" in said
+    assert f"{DecodeBenchConfig.margin_bytes >> 20} MB" in said and "K = 4" in said
 
 
 def test_plots_are_drawn(tmp_path: Path) -> None:

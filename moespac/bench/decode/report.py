@@ -183,8 +183,9 @@ _METHOD = """## How it was measured
   count.
 - Memory: below 100% another process locks memory until what is left for a contender's experts, in its own memory or
   in the page cache, is the given share of all packed experts. Its process without experts comes on top, and so does
-  a margin of {margin} MB: without it the kernel evicts code that runs. The limit is set once the contender is
-  loaded and has decoded two tokens; all files of the model are dropped from the page cache before it starts.
+  a margin of {margin} MB for the kernel. The limit is set once the contender is loaded and has decoded two tokens;
+  its code and data are then locked in memory, so that experts are all that the limit concerns. All files of the
+  model are dropped from the page cache before it starts.
 - One prompt warms up before the measured ones: caches fill, pages are mapped.
 - moe-spac with drafts chooses K by itself; baselines with drafts have K = {window}. llama.cpp+draft drafts up to
   {most} tokens, as long as the draft model is {sure:.0%} sure (its own defaults); +lookup is llama-cpp-python's

@@ -159,10 +159,10 @@ def _run(plan: Plan, contender: Contender, budget: float, ballast: Ballast | Non
 def room_for(task: Task, ready: dict[str, int]) -> int:
     """Bytes to leave for a loaded contender, so that its experts have what the budget says.
 
-    Its own memory is taken already, and with it the experts that it holds there; its libraries count as available
-    but are in use.
+    Its own memory and its libraries are taken already, and with them the experts that it holds there; not so the
+    buffers that it had while decoding and gave back.
     """
-    return task.memory - ready["experts"] + ready["libraries"] + task.config.margin_bytes
+    return task.memory - ready["experts"] + ready["buffers"] + task.config.margin_bytes
 
 
 class Worker:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-_MAPPING = re.compile(r"^[0-9a-f]+-[0-9a-f]+ \S+ \S+ \S+ (\d+)\s*(.*)$")
+from moespac.errors import ConfigError
+
+_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+)\s*(.*)$")
+_LOCK_ON_FAULT = 1  # MLOCK_ONFAULT: what is in memory stays, what is not stays out until it is used
+_NOT_MAPPED = ("[vvar", "[vdso]", "[vsyscall]")  # the kernel's own, which cannot be locked
 
 
 def read_from_disk() -> int:
@@ -33,12 +39,12 @@ def memory_of(smaps: str, folder: Path) -> Memory:
     for line in smaps.splitlines():
         mapping = _MAPPING.match(line)
         if mapping:
-            inode, path = int(mapping[1]), mapping[2]
+            inode, path = int(mapping[3]), mapping[4]
         elif line.startswith("Rss:"):
             resident = int(line.split()[1]) << 10
             if not inode or path.startswith(("/dev/zero", "/memfd:", "/SYSV")):
                 own += resident
-            elif path.startswith(f"{folder.resolve()}/"):
+            elif _lies_in(folder, path):
                 model += resident
             else:
                 libraries += resident
@@ -48,3 +54,39 @@ def memory_of(smaps: str, folder: Path) -> Memory:
 def memory(folder: Path) -> Memory:
     """Of this process, now."""
     return memory_of(Path("/proc/self/smaps").read_text(), folder)
+
+
+def forget_peak() -> None:
+    """From now on ``above_present`` looks at what comes."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def above_present() -> int:
+    """Bytes by which this process was larger at its peak than it is now: buffers that come and go."""
+    found = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    peak, present = (int(found[name].split()[0]) << 10 for name in ("VmHWM", "VmRSS"))
+    return peak - present
+
+
+def keep_in_memory(folder: Path) -> None:
+    """Lock all that this process has mapped, but for the model's files in ``folder``.
+
+    Where memory is short, the kernel would otherwise evict the code that runs instead of experts, and what is
+    measured would be that. Raises ConfigError where memory may not be locked.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        mapping = _MAPPING.match(line)
+        assert mapping
+        start, end, path = int(mapping[1], 16), int(mapping[2], 16), mapping[4]
+        if path.startswith(_NOT_MAPPED) or _lies_in(folder, path):
+            continue
+        if libc.mlock2(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _LOCK_ON_FAULT):
+            reason = os.strerror(ctypes.get_errno())
+            raise ConfigError(
+                f"a contender's own memory cannot be locked ({reason}): raise `ulimit -l` or run as root"
+            )
+
+
+def _lies_in(folder: Path, path: str) -> bool:
+    return path.startswith(f"{folder.resolve()}/")

@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from moespac.bench.decode.contenders import Contender, parse_contenders
 from moespac.bench.decode.task import Decoded, Decoder, Task
-from moespac.bench.decode.usage import memory
+from moespac.bench.decode.usage import above_present, forget_peak, keep_in_memory, memory
 from moespac.errors import MoespacError
 
 _FIRST_TO_GO = 1000  # oom_score_adj: should memory run out, it is the contender that did not fit
@@ -46,10 +46,13 @@ def run(task: Task) -> Iterator[dict[str, Any]]:
     loaded = time.perf_counter() - start
     config = task.config
     try:
+        forget_peak()
         decoder.decode(task.warmup, config.ready_tokens, float("inf"))
         held = memory(task.folder)
-        yield {"ready": asdict(held) | {"experts": decoder.held_expert_bytes}}
-        decoder.decode(task.warmup, config.warmup_tokens, time.perf_counter() + config.decode_seconds)
+        if task.budget < 1:
+            keep_in_memory(task.folder)
+        yield {"ready": asdict(held) | {"experts": decoder.held_expert_bytes, "buffers": above_present()}}
+        decoder.decode(task.warmup, config.warmup_tokens, time.perf_counter() + config.warmup_seconds)
         decoder.begin()
         texts = list(_decode_all(decoder, task))
         yield {
