@@ -195,6 +195,14 @@ class AnalysisConfig:
 
 
 @dataclass(frozen=True)
+class TimelineConfig:
+    """How many spans a timeline keeps; a decoded token of a large model has some thousand."""
+
+    in_a_file: int = 1_000_000  # the last ones: 100 to 200 MB, what the viewers still open
+    live: int = 20_000  # for a page that shows the last passes
+
+
+@dataclass(frozen=True)
 class PackConfig:
     """How files are written when a checkpoint is packed or inflated."""
 

@@ -84,6 +84,8 @@ class FakeEngine:
         self.open = True
         return self
 
+    def record_timeline(self, record: Any) -> None: ...
+
     def __enter__(self) -> FakeEngine:
         return self
 

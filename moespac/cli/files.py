@@ -54,7 +54,7 @@ class ResultFile:
 class JsonFile(ResultFile):
     """The same for what is written as JSON."""
 
-    def write(self, result: Any) -> None:
-        """Replace the file as a whole."""
-        text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
+    def write(self, result: Any, compact: bool = False) -> None:
+        """Replace the file as a whole; ``compact`` is for programs, not for people."""
+        text = json.dumps(result, indent=None if compact else 2, ensure_ascii=False) + "\n"
         self.write_bytes(text.encode("utf-8"))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from moespac.config import EngineConfig, MemoryConfig, SamplingConfig
+from moespac.cli.files import JsonFile
+from moespac.config import EngineConfig, MemoryConfig, SamplingConfig, TimelineConfig
 from moespac.errors import ConfigError
 
-MODEL, DRAFT, MEMORY, TEXT = "Model", "Speculation", "Memory", "Text"
+if TYPE_CHECKING:
+    from moespac.timeline import Record
+
+MODEL, DRAFT, MEMORY, TEXT, OUTPUT = "Model", "Speculation", "Memory", "Text", "Output"
 
 Model = Annotated[
     Path | None,
@@ -122,6 +128,37 @@ class ProfileFlags:
     def arguments(self) -> dict[str, Any]:
         """For ``moespac.load``."""
         return {"profile": "auto" if self.profile else None}
+
+
+@dataclass(frozen=True)
+class TimelineFlags:
+    """Whether it is kept who did what when."""
+
+    timeline: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write who did what when, for ui.perfetto.dev or chrome://tracing (JSON).",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = None
+
+    @contextmanager
+    def recording(self) -> Iterator[Record | None]:
+        """Yields what ``Engine.record_timeline`` takes; the file is written in the end, however that comes.
+
+        Raises ConfigError for a file that cannot be written, before anything is loaded.
+        """
+        from moespac.timeline import Timeline
+
+        if self.timeline is None:
+            yield None
+            return
+        file, kept = JsonFile(self.timeline, "--timeline"), Timeline(TimelineConfig.in_a_file)
+        try:
+            yield kept.record
+        finally:
+            file.write(kept.to_chrome(), compact=True)
 
 
 @dataclass(frozen=True)

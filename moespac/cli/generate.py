@@ -10,7 +10,16 @@ from rich.console import Console
 
 import moespac
 from moespac.cli.files import JsonFile, read_text
-from moespac.cli.flags import TEXT, DraftFlags, MemoryFlags, Model, ProfileFlags, TextFlags
+from moespac.cli.flags import (
+    OUTPUT,
+    TEXT,
+    DraftFlags,
+    MemoryFlags,
+    Model,
+    ProfileFlags,
+    TextFlags,
+    TimelineFlags,
+)
 from moespac.cli.spread import spread
 from moespac.cli.tables import summary_table
 from moespac.errors import ConfigError
@@ -29,7 +38,7 @@ PromptFile = Annotated[
 Json = Annotated[
     Path | None,
     typer.Option(
-        "--json", metavar="FILE", help="Write text, tokens and all figures here.", rich_help_panel=TEXT
+        "--json", metavar="FILE", help="Write text, tokens and all figures here.", rich_help_panel=OUTPUT
     ),
 ]
 
@@ -42,6 +51,7 @@ def generate(
     prompt_file: PromptFile = None,
     text: TextFlags,
     json: Json = None,
+    timeline: TimelineFlags,
     draft: DraftFlags,
     memory: MemoryFlags,
     profile: ProfileFlags,
@@ -55,7 +65,8 @@ def generate(
     start = _prompt(model, prompt, prompt_file)
     result_file = JsonFile(json, "--json") if json else None
 
-    with moespac.load(model, **settings) as engine:
+    with timeline.recording() as record, moespac.load(model, **settings) as engine:
+        engine.record_timeline(record)
         stream = engine.stream(start, **wanted)
         for piece in stream:
             typer.echo(piece, nl=False)

@@ -254,9 +254,9 @@ def _with_timeline(
     trace: Trace, name: str, setting: Setting, sequences: tuple[int, ...], file: JsonFile
 ) -> SimResult:
     from moespac.sim.simulator import simulate
-    from moespac.sim.timeline import Timeline
+    from moespac.timeline import Timeline
 
     timeline = Timeline()
     result = simulate(trace, name, setting, sequences, timeline.record)
-    file.write(timeline.to_chrome())
+    file.write(timeline.to_chrome(), compact=True)
     return result

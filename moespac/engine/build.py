@@ -19,6 +19,8 @@ from moespac.errors import ConfigError
 from moespac.experts.accelerator import Accelerator
 from moespac.experts.budget import available_device_bytes, available_host_bytes, is_none, slots_for
 from moespac.experts.compute import ExpertMath
+from moespac.experts.devices import Computers
+from moespac.experts.kernels import HostKernel
 from moespac.experts.manifest import is_pack
 from moespac.experts.movers import LinkCopier, StorageReader, host_arena
 from moespac.experts.runtime import ExpertRuntime
@@ -29,6 +31,7 @@ from moespac.model.load import choose_dtype, load_tokenizer, load_trunk
 from moespac.model.routers import find_routers
 from moespac.model.safetensors import TensorEntry, read_header
 from moespac.model.skeleton import Skeleton, build_skeleton
+from moespac.model.trunk import open_trunk
 from moespac.policy.registry import make_policy
 from moespac.schedule.memory import ExpertMemory
 from moespac.schedule.stats import PassClock
@@ -88,12 +91,15 @@ def load(
         draft = DEMO / "draft" if model is None else "lookup"
 
     skeleton = build_skeleton(path)
-    store, trunk, fingerprint = _open_store(path, skeleton)
+    store, entries, fingerprint = _open_store(path, skeleton)
     device = _device(config)
     compute_dtype = choose_dtype(dtype, device)
-    network, modules = load_trunk(path, skeleton, trunk, compute_dtype, device)
+    network, modules = load_trunk(path, skeleton, entries, compute_dtype, device)
     tokenizer = load_tokenizer(path)
 
+    for module in modules:
+        module.stand_in()
+    trunk = open_trunk(network, torch.get_num_threads())
     runtime = _build_runtime(store, skeleton, find_routers(network, modules), config, device)
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
@@ -101,7 +107,7 @@ def load(
     profile_file = _profile_file(profile, fingerprint)
     if profile_file is not None:
         runtime.policy.load_profile(profile_file)
-    return Engine(network, tokenizer, runtime, drafter, config, profile_file)
+    return Engine(network, trunk, tokenizer, runtime, drafter, config, profile_file)
 
 
 def _open_store(path: Path, skeleton: Skeleton) -> tuple[ExpertStore, list[TensorEntry], str]:
@@ -134,15 +140,20 @@ def _build_runtime(
     capacity = _capacity(memory, shape, device)
     policy = make_policy(config.policy, shape, capacity, config.method)
     arena = host_arena(capacity.host, shape.record_bytes)
-    reader = StorageReader(store, arena, memory, bell)
+    clock = PassClock(time.perf_counter)
+    reader = StorageReader(store, arena, memory, bell, clock.tape)
     accelerator = link = None
     if capacity.accelerator:
-        accelerator = Accelerator(device, capacity.accelerator, shape.record_bytes, bell, memory.asynchronous)
-        link = LinkCopier(accelerator, arena)
+        accelerator = Accelerator(
+            device, capacity.accelerator, shape.record_bytes, bell, memory.asynchronous, clock.tape
+        )
+        link = LinkCopier(accelerator, arena, shape.experts)
     tiers = ExpertMemory(shape, capacity, reader, link, memory, policy.costs, bell)
-    math = ExpertMath(next(iter(skeleton.experts.values())), store.layout)
-    clock = PassClock(time.perf_counter)
-    return ExpertRuntime(store, tiers, policy, math, arena, accelerator, routers, clock)
+    prototype, threads = next(iter(skeleton.experts.values())), torch.get_num_threads()
+    kernel = HostKernel.build(prototype, store.layout, threads)
+    math = ExpertMath(prototype, store.layout)
+    computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1)
+    return ExpertRuntime(store, tiers, policy, computers, routers, clock)
 
 
 def _capacity(memory: MemoryConfig, shape: ModelShape, device: torch.device) -> Capacity:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Tokens
@@ -20,10 +19,12 @@ from moespac.engine.summary import Meter, Summary, versions
 from moespac.engine.text import TextStream
 from moespac.errors import ConfigError
 from moespac.experts.runtime import ExpertRuntime
+from moespac.model.trunk import Trunk
 from moespac.speculate.drafters import Draft, Drafter
 from moespac.speculate.governor import FixedWindow, Governor
 from moespac.speculate.sampling import probabilities
 from moespac.speculate.verify import Verdict, verify_greedy, verify_sampled
+from moespac.timeline import Record
 from moespac.types import ModelShape, Window
 
 log = logging.getLogger(__name__)
@@ -32,12 +33,14 @@ log = logging.getLogger(__name__)
 class Engine:
     """A MoE model whose experts live in tiers. Not thread-safe: one request at a time.
 
-    ``model`` is the transformers model itself, and its stock ``generate`` works over the same experts.
+    ``model`` is the transformers model itself, and its stock ``generate`` works over the same experts; ``trunk``
+    is its forward pass as the engine runs it.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
+        trunk: Trunk,
         tokenizer: PreTrainedTokenizerBase | None,
         runtime: ExpertRuntime,
         drafter: Drafter,
@@ -46,6 +49,7 @@ class Engine:
     ) -> None:
         """``profile_file``: where ``close`` keeps what the policy has learned about the model's routing."""
         self.model = model
+        self.trunk = trunk
         self.tokenizer = tokenizer
         self.runtime = runtime
         self.drafter = drafter
@@ -55,7 +59,6 @@ class Engine:
             Governor(config.governor) if config.window == "auto" else FixedWindow(config.window)
         )
         self._said = False  # that this model cannot be speculated on: once is enough
-        self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @property
     def shape(self) -> ModelShape:
@@ -98,14 +101,9 @@ class Engine:
 
     def _forward(self, sequence: Sequence, window: Window) -> torch.Tensor:
         """One pass over ``window``; logits (drafted + 1, vocabulary) of its last positions, on the CPU."""
-        keep = {"logits_to_keep": window.drafted + 1} if self._keeps_logits else {}
-        ids = torch.from_numpy(window.tokens).unsqueeze(0).to(self.model.device)
         self.runtime.begin_pass(window)
         with self.runtime.clock.measure("trunk"):
-            cache = sequence.cache.past_key_values
-            out = self.model(input_ids=ids, past_key_values=cache, use_cache=True, **keep)
-            sequence.cache.update(out.past_key_values)
-            return out.logits[0, -(window.drafted + 1) :].float().cpu()
+            return self.trunk(torch.from_numpy(window.tokens), sequence.cache, keep=window.drafted + 1)
 
     # ---- a request -----------------------------------------------------------------------------------
 
@@ -131,7 +129,9 @@ class Engine:
         if stop and self.tokenizer is None:
             raise ConfigError("stop strings need a tokenizer, and this model has none; leave them out")
         tokens = self._tokens(prompt)
-        sequence = Sequence(self.model, tokens, max_new_tokens, self.context, self._eos(), sampling)
+        sequence = Sequence(
+            self.trunk.new_cache(), tokens, max_new_tokens, self.context, self._eos(), sampling
+        )
         return Stream(self, sequence, tuple(stop))
 
     def generate(self, prompt: str | Tokens[int], **settings: Any) -> Generation:
@@ -155,6 +155,13 @@ class Engine:
             messages, add_generation_prompt=True, tokenize=True, return_dict=True
         )
         return encoded["input_ids"]
+
+    def record_timeline(self, record: Record | None) -> None:
+        """From now on tell ``record`` who does what when, from whichever thread did it; None: nobody.
+
+        Times are those of ``time.perf_counter``. ``moespac.timeline.Timeline`` keeps what it is told.
+        """
+        self.runtime.clock.tape.record = record
 
     def close(self) -> None:
         """Keep the learned profile, stop all threads, free the tiers. Safe to call twice."""

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
 from moespac.config import SamplingConfig
-from moespac.engine.cache import KvCache
+from moespac.model.trunk import Cache
 from moespac.types import Window
 
 
@@ -21,7 +20,7 @@ class Sequence:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        cache: Cache,
         prompt: list[int],
         max_new_tokens: int,
         context: int,
@@ -32,7 +31,7 @@ class Sequence:
         self.prompt_tokens = len(prompt)
         self.sampling = sampling
         self.generator = torch.Generator().manual_seed(sampling.seed)
-        self.cache = KvCache(model)
+        self.cache = cache
         self.cached = 0
         self.finish_reason: str | None = None
         self._limit = min(len(prompt) + max_new_tokens, context)

@@ -11,6 +11,7 @@ import transformers
 
 import moespac
 from moespac.experts.runtime import ExpertRuntime
+from moespac.timeline import REQUEST
 
 CONCURRENT = frozenset({"accelerator_experts"})  # causes on other threads: they overlap with the rest
 
@@ -68,6 +69,7 @@ class Meter:
     def prefilled(self, tokens: int) -> None:
         """The prefill is over and gave ``tokens``: what follows counts as decoding."""
         self._prefill_seconds = self._runtime.clock.now() - self._start
+        self._runtime.clock.tape(REQUEST, "prefill", self._start, self._prefill_seconds)
         self._seconds = dict(self._runtime.clock.seconds)
         self._first_tokens = tokens
 
@@ -82,6 +84,7 @@ class Meter:
         memory, stats = self._runtime.memory, self._runtime.stats
         total = self._runtime.clock.now() - self._start
         decode = total - self._prefill_seconds
+        self._runtime.clock.tape(REQUEST, "decode", self._start + self._prefill_seconds, decode)
         decoded = new_tokens - self._first_tokens
         hits, misses = stats.hits - self._hits, stats.misses - self._misses
         return {

@@ -11,27 +11,34 @@ from collections.abc import Callable
 import torch
 
 from moespac.experts.workers import Bell, Priority, Ticket, Workers
+from moespac.timeline import ACCELERATOR, LINK, Tape
 
 
 class Accelerator:
     """``slots`` records of ``record_bytes`` on ``device``; not ``asynchronous`` makes every job synchronous."""
 
     def __init__(
-        self, device: torch.device, slots: int, record_bytes: int, bell: Bell, asynchronous: bool
+        self,
+        device: torch.device,
+        slots: int,
+        record_bytes: int,
+        bell: Bell,
+        asynchronous: bool,
+        tape: Tape | None = None,
     ) -> None:
         self.device = device
         self.arena = torch.empty(slots, record_bytes, dtype=torch.uint8, device=device)
         threads = 1 if asynchronous else 0
-        self.link = Workers("link", threads, bell)
-        self._compute = Workers("accelerator", threads, bell)
+        self.link = Workers(LINK, threads, bell, tape=tape)
+        self._compute = Workers(ACCELERATOR, threads, bell, tape=tape)
 
-    def copy_in(self, source: torch.Tensor, slot: int, priority: Priority) -> Ticket:
+    def copy_in(self, name: str, source: torch.Tensor, slot: int, priority: Priority) -> Ticket:
         """Copy one host record (record_bytes,) into a slot of the arena."""
         target = self.arena[slot]
-        return self.link.submit(self._on_device(lambda: target.copy_(source)), priority)
+        return self.link.submit(name, self._on_device(lambda: target.copy_(source)), priority)
 
-    def compute(self, job: Callable[[], object]) -> Ticket:
-        return self._compute.submit(self._on_device(job))
+    def compute(self, name: str, job: Callable[[], object]) -> Ticket:
+        return self._compute.submit(name, self._on_device(job))
 
     def close(self) -> None:
         self.link.close()

@@ -7,6 +7,7 @@ depend on who computed what, or when.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,7 +16,20 @@ from torch import nn
 
 from moespac.experts.accelerator import Accelerator
 from moespac.experts.compute import ExpertMath
+from moespac.experts.kernels import HostKernel
 from moespac.experts.workers import Ticket
+from moespac.timeline import expert_name
+
+
+@dataclass(frozen=True)
+class Computers:
+    """What computes the experts of all layers, and where their records lie."""
+
+    math: ExpertMath
+    kernel: HostKernel | None  # None: the host computes in torch too
+    host: torch.Tensor  # the host tier's arena, (slots, record_bytes) uint8
+    accelerator: Accelerator | None
+    host_threads: int
 
 
 class Groups:
@@ -24,63 +38,105 @@ class Groups:
     def __init__(self, routing: NDArray[np.int64], experts: int) -> None:
         flat = routing.reshape(-1)
         self.top_k = routing.shape[1]
-        self.counts = np.bincount(flat[(flat >= 0) & (flat < experts)], minlength=experts)
-        self._order = np.argsort(flat, kind="stable")
-        # Some families route a token to "no expert" with a number outside the range; such rows stay zero.
-        self._ends = np.count_nonzero(flat < 0) + np.cumsum(self.counts)
+        self.order = flat.argsort(kind="stable")  # rows of the (T * k) buffer, expert by expert
+        # Some families route a token to "no expert" with a number outside the range; nobody computes such rows.
+        self.complete = not flat.size or bool(flat[self.order[0]] >= 0 and flat[self.order[-1]] < experts)
+        within = flat if self.complete else flat[(flat >= 0) & (flat < experts)]
+        self.counts = np.bincount(within, minlength=experts)
+        self.begins = self.counts.cumsum() - self.counts
+        if not self.complete:
+            self.begins += np.count_nonzero(flat < 0)
 
     def rows(self, expert: int) -> torch.Tensor:
         """Rows of the (T * k) buffer that belong to ``expert``."""
-        end = self._ends[expert]
-        return torch.from_numpy(self._order[end - self.counts[expert] : end])
+        begin = self.begins[expert]
+        return torch.from_numpy(self.order[begin : begin + self.counts[expert]])
 
 
 class LayerTensors:
-    """Implements ``schedule.ports.Devices`` over torch."""
+    """Implements ``schedule.ports.Devices`` over torch and the native kernel."""
 
     def __init__(
         self,
-        math: ExpertMath,
+        computers: Computers,
         norm: nn.Module | None,
         groups: Groups,
         first_id: int,
         x: torch.Tensor,
-        host: torch.Tensor,
-        accelerator: Accelerator | None,
         now: Callable[[], float],
     ) -> None:
-        self._math = math
+        """``first_id``: flat id of this layer's expert 0; x (T, hidden)."""
+        self.host_threads = computers.host_threads
+        self._computers = computers
         self._norm = norm
         self._groups = groups
-        self._first_id = first_id  # flat id of this layer's expert 0
-        self._x = x  # (T, hidden)
-        self._x_host = x.to("cpu")
-        self._host = host  # the host tier's arena
-        self._accelerator = accelerator
+        self._first_id = first_id
+        self._x = x
+        self._x_host = x.to("cpu", torch.float32) if computers.kernel else x.to("cpu")
         self._now = now
-        self._out = x.new_zeros(x.shape[0] * groups.top_k, x.shape[1])  # (T * k, hidden)
+        buffer = torch.empty if groups.complete else torch.zeros
+        self._out = buffer(x.shape[0] * groups.top_k, x.shape[1], dtype=self._x_host.dtype)
+        # On another device than the host, its experts' rows are gathered there and brought over once.
+        self._apart = x.device.type != "cpu"
+        self._out_device = torch.zeros_like(self._out, device=x.device) if self._apart else self._out
+        self._host_experts: list[int] = []
 
-    def result(self) -> torch.Tensor:
-        """(T, k, hidden), not yet weighted."""
-        return self._out.view(self._x.shape[0], self._groups.top_k, -1)
+    def join(self, weights: torch.Tensor) -> torch.Tensor:
+        """(T, hidden): the sum over a token's experts, weighted by ``weights`` (T, k)."""
+        kernel, top_k = self._computers.kernel, self._groups.top_k
+        if kernel is not None and not self._apart:
+            return kernel.join(self._out, weights.float().contiguous(), top_k).to(self._x.dtype)
+        rows = self._gathered().view(-1, top_k, self._x.shape[1])
+        return (rows * weights.unsqueeze(-1)).sum(dim=1).to(self._x.dtype)
 
-    def compute_on_host(self, expert: int, slot: int) -> float:
+    def _gathered(self) -> torch.Tensor:
+        """All rows (T * k, hidden), on x's device."""
+        if self._apart and self._host_experts:
+            rows = torch.cat([self._groups.rows(expert) for expert in self._host_experts])
+            self._out_device[rows.to(self._x.device)] = self._out[rows].to(self._x.device)
+        return self._out_device
+
+    def compute_on_host(self, experts: list[int], slots: list[int]) -> NDArray[np.float64]:
+        local = [expert - self._first_id for expert in experts]
+        self._host_experts += local
         start = self._now()
-        self._compute(expert, self._x_host, self._host[slot])
-        return self._now() - start
+        if self._computers.kernel is None:
+            seconds = np.array([self._compute_in_torch(e, s) for e, s in zip(local, slots, strict=True)])
+        else:
+            seconds = self._compute_in_kernel(self._computers.kernel, np.array(local), np.array(slots))
+        # On several threads at once, an expert costs the layer its share of the time that all took.
+        return seconds * ((self._now() - start) / max(seconds.sum(), 1e-9))
 
     def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> Ticket:
-        accelerator = self._accelerator
+        accelerator = self._computers.accelerator
         assert accelerator is not None
 
         def job() -> None:
-            x = self._x.to(accelerator.device)
             for expert, slot in zip(experts, slots, strict=True):
-                self._compute(expert, x, accelerator.arena[slot])
+                rows, y = self._expert(expert - self._first_id, self._x, accelerator.arena[slot])
+                self._out_device[rows.to(y.device)] = y.to(self._out_device.dtype)
 
-        return accelerator.compute(job)
+        name = " ".join(expert_name(expert, len(self._groups.counts)) for expert in experts)
+        return accelerator.compute(name, job)
 
-    def _compute(self, expert: int, x: torch.Tensor, record: torch.Tensor) -> None:
-        rows = self._groups.rows(expert - self._first_id)
-        y = self._math(x[rows // self._groups.top_k], record, self._norm)
-        self._out[rows] = y.to(self._out.device)
+    def _compute_in_kernel(
+        self, kernel: HostKernel, experts: NDArray[np.int64], slots: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        groups = self._groups
+        begins, counts = groups.begins[experts], groups.counts[experts]
+        x, arena = self._x_host, self._computers.host
+        return kernel.run(x, groups.top_k, arena, slots, groups.order, begins, counts, self._out)
+
+    def _compute_in_torch(self, expert: int, slot: int) -> float:
+        start = self._now()
+        rows, y = self._expert(expert, self._x_host, self._computers.host[slot])
+        self._out[rows] = y
+        return self._now() - start
+
+    def _expert(
+        self, expert: int, x: torch.Tensor, record: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows of ``expert`` in the buffer, and what they become, on x's device."""
+        rows = self._groups.rows(expert)
+        tokens = (rows // self._groups.top_k).to(x.device)
+        return rows, self._computers.math(x[tokens], record, self._norm)

@@ -22,9 +22,9 @@ BLOCK_ALIGNMENT = 64  # a cache line; no vector load straddles two
 RECORD_ALIGNMENT = 4096  # O_DIRECT: offsets, sizes and addresses in units of a page
 
 PACK_FORMATS = ("f32", "bf16", "int8", "int4")
-_FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
-_FLOAT_NAMES = {dtype: name for name, dtype in _FLOATS.items()}
-_BLOCK_DTYPES = {**_FLOATS, "int8": torch.int8, "uint8": torch.uint8}
+FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+_FLOAT_NAMES = {dtype: name for name, dtype in FLOATS.items()}
+_BLOCK_DTYPES = {**FLOATS, "int8": torch.int8, "uint8": torch.uint8}
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def packed_layout(tensors: Sequence[ExpertTensor], format: str) -> RecordLayout:
 
     def chosen(tensor: ExpertTensor) -> str:
         stored = _float_name(tensor)
-        return stored if len(tensor.shape) == 1 and format not in _FLOATS else format
+        return stored if len(tensor.shape) == 1 and format not in FLOATS else format
 
     return _arrange([(t, chosen(t), False) for t in tensors])
 
@@ -223,4 +223,4 @@ class _Int4:
         return dequantize_int4(nibbles, scales, minima, row_scales, tensor.shape[1], dtype)
 
 
-_CODECS: dict[str, _Codec] = {**{name: _Float(name) for name in _FLOATS}, "int8": _Int8(), "int4": _Int4()}
+_CODECS: dict[str, _Codec] = {**{name: _Float(name) for name in FLOATS}, "int8": _Int8(), "int4": _Int4()}

@@ -11,6 +11,7 @@ from moespac.errors import StorageError
 from moespac.experts.accelerator import Accelerator
 from moespac.experts.store import ExpertStore
 from moespac.experts.workers import Bell, Priority, Ticket, Workers
+from moespac.timeline import STORAGE, Tape, expert_name
 
 
 def host_arena(slots: int, record_bytes: int) -> torch.Tensor:
@@ -25,14 +26,22 @@ def host_arena(slots: int, record_bytes: int) -> torch.Tensor:
 class StorageReader:
     """storage -> host: a few threads that read whole records, a demand before all prefetches."""
 
-    def __init__(self, store: ExpertStore, arena: torch.Tensor, config: MemoryConfig, bell: Bell) -> None:
+    def __init__(
+        self,
+        store: ExpertStore,
+        arena: torch.Tensor,
+        config: MemoryConfig,
+        bell: Bell,
+        tape: Tape | None = None,
+    ) -> None:
         self.store = store
         self._arena = arena
         self._retries = config.read_retries
-        self._workers = Workers("reader", config.readers if config.asynchronous else 0, bell)
+        self._workers = Workers(STORAGE, config.readers if config.asynchronous else 0, bell, tape=tape)
 
     def move(self, expert: int, slot: int, source_slot: int | None, speculative: bool) -> Ticket:
-        return self._workers.submit(lambda: self._read(expert, slot), _priority(speculative))
+        name = expert_name(expert, self.store.shape.experts)
+        return self._workers.submit(name, lambda: self._read(expert, slot), _priority(speculative))
 
     def close(self) -> None:
         self._workers.close()
@@ -57,13 +66,16 @@ class StorageReader:
 class LinkCopier:
     """host -> accelerator: one copy at a time, so that each gets the whole link."""
 
-    def __init__(self, accelerator: Accelerator, arena: torch.Tensor) -> None:
+    def __init__(self, accelerator: Accelerator, arena: torch.Tensor, experts: int) -> None:
+        """``experts`` in a layer."""
         self._accelerator = accelerator
         self._arena = arena  # the host tier's
+        self._experts = experts
 
     def move(self, expert: int, slot: int, source_slot: int | None, speculative: bool) -> Ticket:
         assert source_slot is not None
-        return self._accelerator.copy_in(self._arena[source_slot], slot, _priority(speculative))
+        name = expert_name(expert, self._experts)
+        return self._accelerator.copy_in(name, self._arena[source_slot], slot, _priority(speculative))
 
     def close(self) -> None:
         self._accelerator.close()

@@ -11,9 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from moespac.experts.accelerator import Accelerator
-from moespac.experts.compute import ExpertMath
-from moespac.experts.devices import Groups, LayerTensors
+from moespac.experts.devices import Computers, Groups, LayerTensors
 from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
 from moespac.policy.base import Policy, Sensor
@@ -37,22 +35,18 @@ class ExpertRuntime:
         store: ExpertStore,
         memory: ExpertMemory,
         policy: Policy,
-        math: ExpertMath,
-        host: torch.Tensor,
-        accelerator: Accelerator | None,
+        computers: Computers,
         routers: Sequence[nn.Module | None],
         clock: PassClock,
     ) -> None:
-        """``host`` is the host tier's arena, ``routers`` are the layers' own (None: not to be found)."""
+        """``routers`` are the layers' own (None: not to be found)."""
         self.store = store
         self.memory = memory
         self.policy = policy
         self.clock = clock
         self.stats = ExpertStats()
         self.recorder: Callable[[Observation], None] | None = None  # sees what the policy sees
-        self._math = math
-        self._host = host
-        self._accelerator = accelerator
+        self._computers = computers
         self._routers = routers if Sensor.NEXT_GATE in policy.sensors else [None] * store.shape.layers
         self._shape = store.shape
         self._window: Window | None = None
@@ -107,11 +101,12 @@ class ExpertRuntime:
         unattended = self._window is None
         if unattended and layer == 0:
             self._routing, self._weights = [], []
+        groups = Groups(routing, self._shape.experts)
         # "No expert" is a number past the last one in some families; the policy knows it as -1.
-        self._routing.append(np.where(routing < self._shape.experts, routing, -1))
+        known = routing if groups.complete else np.where(routing < self._shape.experts, routing, -1)
+        self._routing.append(known)
         if self.recorder is not None:
             self._weights.append(weights.float().cpu().numpy())
-        groups = Groups(routing, self._shape.experts)
         first_id = layer * self._shape.experts
         retention = self._retention(layer)
         with self.clock.measure("decide"):
@@ -119,14 +114,12 @@ class ExpertRuntime:
             placement = self.policy.place(layer, groups.counts, self.memory.residency)
             self.memory.start_layer(layer, placement)
             self._count_hits(placement.host, placement.accelerator)
-        tensors = LayerTensors(
-            self._math, norm, groups, first_id, x, self._host, self._accelerator, self.clock.now
-        )
+        tensors = LayerTensors(self._computers, norm, groups, first_id, x, self.clock.now)
         run = LayerRun(self.memory, tensors, self.policy.costs, self.clock, groups.counts, first_id)
         run.execute(placement, retention)
         if unattended and layer == self._shape.layers - 1:
             self._end_unattended_pass(routing.shape[0])
-        return (tensors.result() * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+        return tensors.join(weights)
 
     def _foresee(self, layer: int, x: torch.Tensor) -> None:
         """Tell the policy what the gate of ``layer`` says to the hidden states of the layer before it."""
@@ -178,6 +171,10 @@ class OffloadedExperts(nn.Module):
             self.add_module(name, child)
         self._is_hf_initialized = True  # transformers would initialise the parameters that are not there
         self._forward: Callable[..., torch.Tensor] | None = None
+
+    def stand_in(self) -> None:
+        """Until ``attach``: something cheap that depends on all it is given, to compare forward passes with."""
+        self._forward = lambda x, index, weights: x * (weights * (index % 7 + 1)).sum(-1, keepdim=True)
 
     def attach(self, layer: int, runtime: ExpertRuntime) -> None:
         norm = getattr(self, "post_expert_norm", None)

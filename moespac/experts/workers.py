@@ -14,6 +14,8 @@ from enum import IntEnum
 
 import torch
 
+from moespac.timeline import Tape
+
 
 class Priority(IntEnum):
     """A read that a layer waits for goes ahead of every speculative one."""
@@ -47,11 +49,27 @@ class Bell:
 class Ticket:
     """One job in flight. ``done`` once it ran (then ``error`` and ``seconds`` are final) or was cancelled."""
 
-    __slots__ = ("_clock", "_job", "_lock", "_queue_first", "_taken", "done", "error", "seconds")
+    __slots__ = (
+        "_clock",
+        "_job",
+        "_lock",
+        "_queue_first",
+        "_taken",
+        "done",
+        "error",
+        "name",
+        "seconds",
+        "start",
+    )
 
     def __init__(
-        self, job: Callable[[], None], clock: Callable[[], float], queue_first: Callable[[Ticket], None]
+        self,
+        name: str,
+        job: Callable[[], None],
+        clock: Callable[[], float],
+        queue_first: Callable[[Ticket], None],
     ) -> None:
+        self.name = name
         self._job = job
         self._clock = clock
         self._queue_first = queue_first
@@ -59,6 +77,7 @@ class Ticket:
         self._taken = False
         self.done = False
         self.error: Exception | None = None
+        self.start = 0.0
         self.seconds = 0.0
 
     def cancel(self) -> bool:
@@ -77,12 +96,12 @@ class Ticket:
         """Run the job unless another worker or ``cancel`` took it; True when it ran here."""
         if not self._take():
             return False
-        start = self._clock()
+        self.start = self._clock()
         try:
             self._job()
         except Exception as error:  # carried to the thread that asked for the job
             self.error = error
-        self.seconds = self._clock() - start
+        self.seconds = self._clock() - self.start
         self.done = True
         return True
 
@@ -93,29 +112,40 @@ class Ticket:
 
 
 class Workers:
-    """``threads`` daemon threads that serve one priority queue; ``bell`` rings after each job."""
+    """``threads`` daemon threads that serve one priority queue; ``bell`` rings after each job.
+
+    Each thread is a lane of the timeline.
+    """
 
     def __init__(
-        self, name: str, threads: int, bell: Bell, clock: Callable[[], float] = time.perf_counter
+        self,
+        lane: str,
+        threads: int,
+        bell: Bell,
+        clock: Callable[[], float] = time.perf_counter,
+        tape: Tape | None = None,
     ) -> None:
+        self._tape = tape or Tape()
+        self._lane = lane
         self._bell = bell
         self._clock = clock
         self._queue: list[tuple[Priority, int, Ticket]] = []
         self._order = itertools.count()  # first come, first served within a priority
         self._condition = threading.Condition()
         self._closed = False
+        lanes = [lane] if threads == 1 else [f"{lane} {i}" for i in range(1, threads + 1)]
         self._threads = [
-            threading.Thread(target=self._serve, name=f"moespac-{name}-{i}", daemon=True)
-            for i in range(threads)
+            threading.Thread(target=self._serve, args=[lane], name=f"moespac {lane}", daemon=True)
+            for lane in lanes[:threads]
         ]
         for thread in self._threads:
             thread.start()
 
-    def submit(self, job: Callable[[], None], priority: Priority = Priority.DEMAND) -> Ticket:
-        ticket = Ticket(job, self._clock, self._queue_first)
+    def submit(self, name: str, job: Callable[[], None], priority: Priority = Priority.DEMAND) -> Ticket:
+        """``name`` is what the timeline shows."""
+        ticket = Ticket(name, job, self._clock, self._queue_first)
         if not self._threads:
-            ticket.run()
-            self._bell.ring()
+            self._run(ticket, self._lane)
             return ticket
         self._push(ticket, priority)
         return ticket
@@ -142,12 +172,16 @@ class Workers:
             self._condition.notify()
 
     @torch.inference_mode()  # the mode is per thread, and workers write into the decode thread's tensors
-    def _serve(self) -> None:
+    def _serve(self, lane: str) -> None:
         while True:
             with self._condition:
                 self._condition.wait_for(lambda: self._queue or self._closed)
                 if not self._queue:
                     return
                 _, _, ticket = heapq.heappop(self._queue)
-            if ticket.run():
-                self._bell.ring()
+            self._run(ticket, lane)
+
+    def _run(self, ticket: Ticket, lane: str) -> None:
+        if ticket.run():
+            self._tape(lane, ticket.name, ticket.start, ticket.seconds)
+            self._bell.ring()

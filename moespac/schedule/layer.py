@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.ports import Devices, Ticket
 from moespac.schedule.stats import PassClock
 from moespac.schedule.tiers import Tier
+from moespac.timeline import expert_name
 from moespac.types import Placement
 
 
@@ -154,12 +156,16 @@ class LayerRun:
             raise self._job_error
 
     def _compute_on_host(self, side: Side) -> None:
-        expert = side.ready[0]
-        with self._clock.measure("host_experts"):
-            seconds = self._devices.compute_on_host(expert, side.tier.slot(expert))
-        self._costs.observe_host(self._tokens(expert), seconds)
-        side.ready.popleft()
-        side.tier.release(expert)
+        """All that are ready; but while others wait for a slot, only as many as run at once, to release theirs."""
+        most = self._devices.host_threads if side.missing else len(side.ready)
+        experts = list(islice(side.ready, most))
+        names = " ".join(expert_name(expert, len(self._counts)) for expert in experts)
+        with self._clock.measure("host_experts", names):
+            seconds = self._devices.compute_on_host(experts, [side.tier.slot(expert) for expert in experts])
+        for expert, spent in zip(experts, seconds.tolist(), strict=True):
+            self._costs.observe_host(self._tokens(expert), spent)
+            side.ready.popleft()
+            side.tier.release(expert)
 
     def _launch(self, side: Side) -> bool:
         """Hand all experts that are ready on the accelerator to it, as one job. True when that released slots."""

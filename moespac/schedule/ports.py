@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class Ticket(Protocol):
     """One job in flight. Once ``done``, ``error`` and ``seconds`` (its own duration) are final."""
@@ -44,8 +47,10 @@ class Mover(Protocol):
 class Devices(Protocol):
     """Computes the experts of one layer in one pass."""
 
-    def compute_on_host(self, expert: int, slot: int) -> float:
-        """Run one expert here and now; returns the seconds it took."""
+    host_threads: int  # experts that the host computes at once
+
+    def compute_on_host(self, experts: list[int], slots: list[int]) -> NDArray[np.float64]:
+        """Run these experts here and now; returns how much each added to the time (together: all of it)."""
         ...
 
     def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> Ticket:

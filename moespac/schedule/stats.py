@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from moespac.timeline import LANES_OF_CAUSES, Tape
 
 
-@dataclass
-class Elapsed:
-    """The seconds of one measured block, valid after it."""
-
-    seconds: float = 0.0
+class _Block(NamedTuple):
+    cause: str
+    name: str  # on the timeline
 
 
 @dataclass
@@ -22,24 +22,51 @@ class PassClock:
 
     now: Callable[[], float] = time.perf_counter
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    _nested: list[float] = field(default_factory=list)  # seconds that inner blocks took, by depth
+    tape: Tape = field(default_factory=Tape)  # is told each span, if it is on
+    _blocks: list[_Block] = field(default_factory=list)  # that are open, the innermost last
+    _since: float = 0.0  # when the innermost block began, or went on after one inside it
 
-    @contextmanager
-    def measure(self, cause: str) -> Iterator[Elapsed]:
-        elapsed = Elapsed()
-        self._nested.append(0.0)
-        start = self.now()
-        try:
-            yield elapsed
-        finally:
-            elapsed.seconds = self.now() - start
-            self.seconds[cause] += elapsed.seconds - self._nested.pop()
-            if self._nested:
-                self._nested[-1] += elapsed.seconds
+    def measure(self, cause: str, name: str | None = None) -> _Measured:
+        """A context; on the timeline it is called ``name``, or else as its cause."""
+        return _Measured(self, _Block(cause, name or cause))
+
+    def _begin(self, block: _Block) -> None:
+        now = self.now()
+        if self._blocks:
+            self._count(self._blocks[-1], now)
+        self._blocks.append(block)
+        self._since = now
+
+    def _end(self) -> None:
+        now = self.now()
+        self._count(self._blocks.pop(), now)
+        self._since = now
+
+    def _count(self, block: _Block, now: float) -> None:
+        spent = now - self._since
+        self.seconds[block.cause] += spent
+        if self.tape.record is not None and spent > 0:
+            self.tape(LANES_OF_CAUSES.get(block.cause, block.cause), block.name, self._since, spent)
 
     def add(self, cause: str, seconds: float) -> None:
         """Time on another thread: it overlaps with the causes measured here and adds to none of them."""
         self.seconds[cause] += seconds
+
+
+class _Measured:
+    """By hand and not by contextlib: a layer has several of these, and this takes half the time."""
+
+    __slots__ = ("_block", "_clock")
+
+    def __init__(self, clock: PassClock, block: _Block) -> None:
+        self._clock = clock
+        self._block = block
+
+    def __enter__(self) -> None:
+        self._clock._begin(self._block)
+
+    def __exit__(self, *_: object) -> None:
+        self._clock._end()
 
 
 @dataclass

@@ -22,21 +22,20 @@ from moespac.config import MemoryConfig
 from moespac.sim.clock import Action, SharedResource, VirtualBell, VirtualClock
 from moespac.sim.hardware import HardwareProfile
 from moespac.sim.shapes import SimModel
-from moespac.sim.timeline import Record
 from moespac.sim.workers import Job, VirtualTicket, VirtualWorkers
+from moespac.timeline import ACCELERATOR, LINK, STORAGE, Record, expert_name
 
-_HOST, _LINK, _STORAGE, _ACCELERATOR = "host", "link", "storage", "accelerator"
+_HOST, _LINK, _STORAGE = "host", "link", "storage"  # who shares a resource
 
 
 class Machine:
-    """One machine that runs one model. Lanes of its timeline: host, accelerator, link, storage 1, 2 ..."""
+    """One machine that runs one model. ``record`` is told its transfers and the accelerator's jobs."""
 
     def __init__(
         self, hardware: HardwareProfile, model: SimModel, config: MemoryConfig, record: Record
     ) -> None:
         self.clock = clock = VirtualClock()
         self.bell = bell = VirtualBell(clock)
-        self.record = record
         self.expert_host_seconds = cache(partial(hardware.expert_host_seconds, model))
         self.expert_accelerator_seconds = cache(partial(hardware.expert_accelerator_seconds, model))
         self._hardware = hardware
@@ -44,29 +43,22 @@ class Machine:
         self._host_memory = SharedResource(clock, self._memory_speed)
         self._storage = SharedResource(clock, lambda user, users: 1 / len(users))
         self._rates = hardware.rates_together()
-        self._dense_lane = _ACCELERATOR if hardware.has_accelerator else _HOST
 
         readers = config.readers if config.asynchronous else 0
         single = 1 if config.asynchronous else 0
         self.reader = VirtualMover(
-            VirtualWorkers(_STORAGE, readers, clock, bell, record), self._read, model.experts
+            VirtualWorkers(STORAGE, readers, clock, bell, record), self._read, model.experts
         )
-        self.link = VirtualMover(
-            VirtualWorkers(_LINK, single, clock, bell, record), self._copy, model.experts
-        )
-        self.jobs = VirtualWorkers(_ACCELERATOR, single, clock, bell, record)
+        self.link = VirtualMover(VirtualWorkers(LINK, single, clock, bell, record), self._copy, model.experts)
+        self.jobs = VirtualWorkers(ACCELERATOR, single, clock, bell, record)
 
-    def run_dense(self, name: str, seconds: float) -> None:
+    def run_dense(self, seconds: float) -> None:
         """Trunk or draft model: the deciding thread waits for it."""
-        self.record(self._dense_lane, name, self.clock.now(), seconds)
         self.clock.sleep(seconds)
 
-    def run_on_host(self, name: str, seconds: float) -> float:
+    def run_on_host(self, seconds: float) -> float:
         """One expert that takes ``seconds`` while it has the host's memory to itself; returns what it takes."""
-        start = self.clock.now()
-        spent = self.clock.wait_for(lambda done: self._host_memory.work(_HOST, seconds, done))
-        self.record(_HOST, name, start, spent)
-        return spent
+        return self.clock.wait_for(lambda done: self._host_memory.work(_HOST, seconds, done))
 
     def _read(self, done: Action) -> None:
         latency = self._hardware.storage_latency
@@ -94,7 +86,7 @@ class VirtualMover:
         self._experts = experts
 
     def move(self, expert: int, slot: int, source_slot: int | None, speculative: bool) -> VirtualTicket:
-        return self._workers.submit(_name(expert, self._experts), self._transfer, speculative)
+        return self._workers.submit(expert_name(expert, self._experts), self._transfer, speculative)
 
     def close(self) -> None:
         """Virtual workers need no stopping."""
@@ -103,25 +95,23 @@ class VirtualMover:
 class LayerDevices:
     """``schedule.ports.Devices`` for one layer in one pass; ``counts`` (experts,) tokens of each."""
 
+    host_threads = 1
+
     def __init__(self, machine: Machine, counts: NDArray[np.int64], first_id: int) -> None:
         self._machine = machine
         self._counts = counts
         self._first_id = first_id
 
-    def compute_on_host(self, expert: int, slot: int) -> float:
-        seconds = self._machine.expert_host_seconds(self._tokens(expert))
-        return self._machine.run_on_host(_name(expert, len(self._counts)), seconds)
+    def compute_on_host(self, experts: list[int], slots: list[int]) -> NDArray[np.float64]:
+        """One after the other: the profile's seconds are those of all threads together."""
+        machine = self._machine
+        return np.array([machine.run_on_host(machine.expert_host_seconds(self._tokens(e))) for e in experts])
 
     def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> VirtualTicket:
         machine = self._machine
         seconds = sum(machine.expert_accelerator_seconds(self._tokens(expert)) for expert in experts)
-        name = " ".join(_name(expert, len(self._counts)) for expert in experts)
+        name = " ".join(expert_name(expert, len(self._counts)) for expert in experts)
         return machine.jobs.submit(name, lambda done: machine.clock.after(seconds, done))
 
     def _tokens(self, expert: int) -> int:
         return int(self._counts[expert - self._first_id])
-
-
-def _name(expert: int, experts: int) -> str:
-    """Layer and expert, as a timeline shows them."""
-    return "{}.{}".format(*divmod(expert, experts))

@@ -30,8 +30,8 @@ from moespac.sim.machine import LayerDevices, Machine
 from moespac.sim.result import Meter, SimResult
 from moespac.sim.shapes import SimModel
 from moespac.sim.texts import DrawnText, RecordedText, Text
-from moespac.sim.timeline import Record, ignore
 from moespac.speculate.governor import FixedWindow, Governor
+from moespac.timeline import Record, Tape, ignore
 from moespac.trace.schema import Trace
 from moespac.types import Capacity, Observation, Plan, Window
 
@@ -153,7 +153,7 @@ class Simulation:
             policy.costs,
             self._machine.bell,
         )
-        self._clock = PassClock(self._machine.clock.now)
+        self._clock = PassClock(self._machine.clock.now, tape=Tape(record))
         self._meter = Meter(self._memory, self._clock)
         self._rng = np.random.default_rng(setting.seed)  # of the sensors' errors
 
@@ -203,9 +203,9 @@ class Simulation:
         if not drafts:
             return
         model_drafts = self._setting.draft == "model"
-        with self._clock.measure("draft"):
-            for drafted in range(1, drafts + 1):
-                self._machine.run_dense("draft", self._setting.draft_token_seconds)
+        for drafted in range(1, drafts + 1):
+            with self._clock.measure("draft"):
+                self._machine.run_dense(self._setting.draft_token_seconds)
                 if model_drafts and Sensor.DRAFT_ROUTING in self._policy.sensors:
                     self._foresee_window(seen, drafted)
                 elif model_drafts and drafted < drafts:
@@ -224,9 +224,9 @@ class Simulation:
         trunk = self._setting.hardware.trunk_seconds(
             self._setting.model, tokens, on_accelerator=self._setting.hardware.has_accelerator
         )
-        with self._clock.measure("trunk"):
-            for layer in range(self._shape.layers):
-                self._machine.run_dense(f"layer {layer}", trunk / self._shape.layers)
+        for layer in range(self._shape.layers):
+            with self._clock.measure("trunk", f"layer {layer}"):
+                self._machine.run_dense(trunk / self._shape.layers)
                 self._run_experts(layer, seen)
 
     def _run_experts(self, layer: int, seen: Observation) -> None:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 
 from moespac.sim.clock import Action, VirtualBell, VirtualClock
-from moespac.sim.timeline import Record
+from moespac.timeline import Record
 
 Job = Callable[[Action], None]  # begins the work, and has the given action called when it is complete
 

@@ -26,6 +26,7 @@ from transformers import (
 
 from moespac.config import SamplingConfig
 from moespac.errors import DraftError
+from moespac.model.trunk import open_draft_trunk
 from moespac.speculate.sampling import draw, probabilities
 
 
@@ -136,7 +137,7 @@ class ModelDrafter:
     ) -> None:
         """``model``: of ``load_draft_model``, or any whose tokens are the target's; ``vocab_size``: V."""
         config = model.config.get_text_config()
-        self._model = model
+        self._trunk = open_draft_trunk(model, torch.get_num_threads())
         self._vocab_size = vocab_size
         self._embeddings: int = config.vocab_size
         self._context: int = getattr(config, "max_position_embeddings", sys.maxsize)  # ALiBi: no limit
@@ -164,9 +165,7 @@ class ModelDrafter:
         return Draft(list(drafted), None if self._sampling.greedy else torch.stack(rows))
 
     def reset(self) -> None:
-        # Made without the model's config, every layer keeps all its keys and can be cropped to any length. A
-        # sliding layer that dropped old keys could not; so its window is left to the attention mask.
-        self._cache = DynamicCache()
+        self._cache = self._trunk.new_cache()
         self._cached: list[int] = []
 
     def close(self) -> None:
@@ -176,21 +175,20 @@ class ModelDrafter:
         """Crop the cache to what it shares with ``tokens``; returns what is left to feed, never nothing."""
         shared = min(_common_prefix(self._cached, tokens), len(tokens) - 1)
         if surplus := len(self._cached) - shared:
-            self._cache.crop(-surplus)
+            self._cache.rewind(surplus)
             del self._cached[shared:]
         return tokens[shared:]
 
     @torch.inference_mode()
     def _feed(self, tokens: list[int]) -> torch.Tensor:
         """Logits (V,), float32, of what follows ``tokens``, which join the cache."""
-        ids = torch.tensor([tokens], device=self._model.device)
         try:
-            output = self._model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+            (logits,) = self._trunk(torch.tensor(tokens), self._cache, keep=1)
         except BaseException:
             self.reset()  # cut short (Ctrl-C too), it may have grown some layers and not others
             raise
         self._cached += tokens
-        return _fit(output.logits[0, -1].float(), self._vocab_size)
+        return _fit(logits, self._vocab_size)
 
     def _choose(self, logits: torch.Tensor) -> tuple[int, torch.Tensor | None]:
         """A token, and the distribution (V,) it was drawn from if it was drawn."""

@@ -26,7 +26,7 @@ class Memory(ExpertMemory):
         if device:
             self.device = Accelerator(torch.device("cpu"), device, RECORD_BYTES, bell, asynchronous)
             arenas["accelerator"] = self.device.arena
-            link = LinkCopier(self.device, arenas["host"])
+            link = LinkCopier(self.device, arenas["host"], store.shape.experts)
         reader = StorageReader(store, arenas["host"], config, bell)
         costs = CostModel(CostConfig(), RECORD_BYTES)
         super().__init__(store.shape, Capacity(host, device), reader, link, config, costs, bell)

@@ -30,10 +30,13 @@ class CountingDevices:
         self.on_host: Counter[int] = Counter()
         self.on_accelerator: Counter[int] = Counter()
 
-    def compute_on_host(self, expert: int, slot: int) -> float:
-        assert (self.memory.arenas["host"][slot] == FakeStore.pattern(expert)).all()
-        self.on_host[expert] += 1
-        return 1e-6
+    host_threads = 2
+
+    def compute_on_host(self, experts: list[int], slots: list[int]) -> np.ndarray:
+        for expert, slot in zip(experts, slots, strict=True):
+            assert (self.memory.arenas["host"][slot] == FakeStore.pattern(expert)).all()
+            self.on_host[expert] += 1
+        return np.full(len(experts), 1e-6)
 
     def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> Ticket:
         def job() -> None:
@@ -41,7 +44,7 @@ class CountingDevices:
                 assert (self.memory.arenas["accelerator"][slot] == FakeStore.pattern(expert)).all()
                 self.on_accelerator[expert] += 1
 
-        return self.memory.device.compute(job)
+        return self.memory.device.compute("", job)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])

@@ -94,8 +94,8 @@ def test_a_timeline_is_written(trace: Path, tmp_path: Path) -> None:
     result = simulate(trace, "--policies", "moe-spac", "--tokens", 2, "--timeline", file)
     assert result.exit_code == 0, result.output
     events = json.loads(file.read_text())["traceEvents"]
-    lanes = {event["args"]["name"] for event in events if event["ph"] == "M"}
-    assert {"accelerator", "host", "storage 1"} <= lanes
+    lanes = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    assert {"trunk", "draft", "host experts", "accelerator experts", "storage 1"} <= lanes
     assert any(event["ph"] == "X" and event["name"] == "draft" for event in events)
     assert "--timeline shows one policy" in refused(simulate(trace, "--timeline", file))
 

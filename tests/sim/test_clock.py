@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moespac.sim.clock import SharedResource, VirtualBell, VirtualClock
-from moespac.sim.timeline import Timeline
 from moespac.sim.workers import VirtualWorkers
+from moespac.timeline import Timeline
 
 
 def test_the_bell_rings_when_something_happens() -> None:
@@ -77,16 +77,3 @@ def test_without_workers_a_job_takes_the_callers_time() -> None:
         assert workers.submit("job", lambda done: clock.after(2.0, done)).done
     assert clock.now() == 4.0
     assert [event.lane for event in timeline.events] == ["lane", "lane"]
-
-
-def test_a_timeline_is_a_chrome_trace() -> None:
-    timeline = Timeline()
-    timeline.record("link", "0.3", 1.5, 0.25)
-    timeline.record("host", "0.1", 1.0, 1.0)
-    names, events = {}, []
-    for entry in timeline.to_chrome()["traceEvents"]:
-        if entry["ph"] == "M":
-            names[entry["tid"]] = entry["args"]["name"]
-        else:
-            events.append((names[entry["tid"]], entry["name"], entry["ts"], entry["dur"]))
-    assert events == [("link", "0.3", 1.5e6, 0.25e6), ("host", "0.1", 1e6, 1e6)]

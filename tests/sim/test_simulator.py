@@ -16,7 +16,7 @@ from moespac.sim.guesses import guess
 from moespac.sim.simulator import Setting, run, simulate
 from moespac.sim.study import Task, simulate_all
 from moespac.sim.texts import DrawnText, RecordedText
-from moespac.sim.timeline import Timeline
+from moespac.timeline import Timeline
 from moespac.trace import TraceRecorder
 from moespac.types import Capacity, Observation, Placement, Plan, Window
 from tests.sim.small import HOST_ONLY, MACHINE, MODEL, decoded, random_trace
@@ -76,15 +76,19 @@ def test_a_pass_by_hand() -> None:
         if e.start >= start
     ]
     assert shown == [
-        ("accelerator", "layer 0", 0.0, 1.0),
+        ("trunk", "layer 0", 0.0, 1.0),
         # The copy of 0.0 waits its latency of 1 s, while the host's expert 0.1 has the memory to itself.
-        ("host", "0.1", 1.0, 1.0),
+        ("host experts", "0.1", 1.0, 1.0),
         ("link", "0.0", 1.0, 2.0),
-        ("accelerator", "0.0", 3.0, 0.2),
-        ("accelerator", "layer 1", 3.2, 1.0),
-        ("host", "1.3", 4.2, 1.0),
+        ("wait", "wait_for_experts", 2.0, 1.0),
+        ("accelerator experts", "0.0", 3.0, 0.2),
+        ("wait", "wait_for_accelerator", 3.0, 0.2),
+        ("trunk", "layer 1", 3.2, 1.0),
+        ("host experts", "1.3", 4.2, 1.0),
         ("link", "1.2", 4.2, 2.0),
-        ("accelerator", "1.2", 6.2, 0.2),
+        ("wait", "wait_for_experts", 5.2, 1.0),
+        ("accelerator experts", "1.2", 6.2, 0.2),
+        ("wait", "wait_for_accelerator", 6.2, 0.2),
     ]
     assert result.tokens == 1 and result.seconds_per_token == pytest.approx(6.4)
     seconds = {cause: round(spent, 6) for cause, spent in result.seconds.items()}
@@ -108,7 +112,7 @@ def test_a_copy_and_the_host_share_memory() -> None:
     setting = replace(SETTING, window=0)
     run(Scripted(setting.capacity, placements), trace, setting, [0], timeline.record)
     (copy,) = [event for event in timeline.events if event.lane == "link"]
-    host = {e.name: e for e in timeline.events if e.lane == "host" and e.start >= copy.start}
+    host = {e.name: e for e in timeline.events if e.lane == "host experts" and e.start >= copy.start}
     assert host["0.0"].duration == pytest.approx(1.0)  # while the copy waits its latency
     assert host["0.1"].duration == pytest.approx(2.0)  # half speed each
     assert copy.duration == pytest.approx(1.0 + 2.0)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 
 from moespac.config import SamplingConfig
 from moespac.errors import DraftError
+from moespac.experts.kernels.decoder import NativeDecoder
 from moespac.speculate.drafters import ModelDrafter, NoDrafter, PromptLookupDrafter, load_draft_model
 from moespac.speculate.sampling import probabilities
 
@@ -48,9 +49,11 @@ class Recorder:
     def __init__(self, model):
         self.model, self.config, self.device, self.fed = model, model.config, model.device, []
 
-    def __call__(self, input_ids, **kwargs):
+    def forward(self, input_ids, **kwargs):
         self.fed.append(input_ids.shape[1])
         return self.model(input_ids=input_ids, **kwargs)
+
+    __call__ = forward
 
 
 @pytest.fixture(scope="module")
@@ -203,18 +206,21 @@ def test_a_token_it_lacks_gets_no_draft(model):
     assert drafter.propose([1, 2], 3).tokens == fresh(model, [1, 2], 3, 80)
 
 
-def test_a_forward_cut_short_leaves_nothing_behind():
-    model = tiny_model()
+@pytest.mark.parametrize("changes", [{}, SLIDING])  # run lean, and by transformers
+def test_a_forward_cut_short_leaves_nothing_behind(changes, monkeypatch):
+    model = tiny_model(**changes)
     drafter = ModelDrafter(model, V)
     drafter.propose([1, 2, 3], 3)
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    hook = model.model.layers[1].register_forward_pre_hook(interrupt)  # the first layer has already cached
-    with pytest.raises(KeyboardInterrupt):
-        drafter.propose([1, 2, 3, 4], 3)
-    hook.remove()
+    with monkeypatch.context() as patch:  # the layers have already cached
+        patch.setattr(NativeDecoder, "head", interrupt)
+        hook = model.model.norm.register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            drafter.propose([1, 2, 3, 4], 3)
+        hook.remove()
     assert drafter.propose([1, 2, 3, 4], 3).tokens == fresh(model, [1, 2, 3, 4], 3)
 
 

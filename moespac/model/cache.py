@@ -40,3 +40,27 @@ class KvCache:
         """Forget the last ``tokens``; 0 too, as layers with a sliding window then drop what they kept for it."""
         if self._recording:
             self._cache.crop(-tokens)
+
+
+class FullCache:
+    """Keys and values of all tokens in every layer, so that any number can be forgotten.
+
+    A sliding layer that dropped old keys could not; so its window is left to the attention mask.
+    """
+
+    rewinds = True
+
+    def __init__(self) -> None:
+        self.past_key_values: Any = DynamicCache()
+
+    def update(self, past_key_values: Any) -> None:
+        """What the model's forward gave back."""
+        self.past_key_values = past_key_values
+
+    def allow_rewind(self) -> None:
+        """It always can."""
+
+    def rewind(self, tokens: int) -> None:
+        """Forget the last ``tokens``."""
+        if tokens:
+            self.past_key_values.crop(-tokens)

@@ -1,0 +1,146 @@
+"""The compiled kernels as Python sees them: found, or compiled on first use, and loaded with ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+from pathlib import Path
+
+import platformdirs
+
+from moespac.errors import ConfigError
+from moespac.experts.kernels.compile import CompileError, compile_library, library_name
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "MOESPAC_KERNEL"  # names the instruction set to use, or TORCH; for tests and bug reports
+TORCH = "torch"
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+FORMATS = ("f32", "bf16", "f16", "int8", "int4")
+
+
+class Matrix(ctypes.Structure):
+    """``Matrix`` of kernels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        *((name, ctypes.c_int64) for name in ("values", "scales", "minima", "row_scales", "bias")),
+        *((name, ctypes.c_int32) for name in ("format", "bias_format")),
+    ]
+
+
+class Gate(ctypes.Structure):
+    """``Gate`` of kernels.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("has_gate", "interleaved", "activation")),
+        *((name, ctypes.c_float) for name in ("alpha", "limit", "offset")),
+    ]
+
+
+class Expert(ctypes.Structure):
+    """``Expert`` of kernels.h."""
+
+    _fields_ = [("up", Matrix), ("down", Matrix), ("gate", Gate)]
+
+
+class Weights(ctypes.Structure):
+    """``Weights`` of decoder.c: a matrix, and the address that its offsets count from."""
+
+    _fields_ = [("matrix", Matrix), ("base", ctypes.c_void_p)]
+
+
+class DecoderLayer(ctypes.Structure):
+    """``Layer`` of decoder.c."""
+
+    _fields_ = [
+        *((name, Weights) for name in ("qkv", "out", "up", "down")),
+        ("gate", Gate),
+        ("router", Weights),
+        *((name, ctypes.c_int64) for name in ("top_k", "renormalise")),
+        *((name, ctypes.c_void_p) for name in ("before", "between", "q_norm", "k_norm")),
+        ("whole_norms", ctypes.c_int64),
+    ]
+
+
+class DecoderShape(ctypes.Structure):
+    """``Shape`` of decoder.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("hidden", "heads", "groups", "width", "padded")),
+        *((name, ctypes.c_float) for name in ("epsilon", "scale")),
+    ]
+
+
+_POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
+_SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
+    "moespac_isa": (ctypes.c_char_p, [ctypes.c_char_p]),
+    "moespac_gate": (None, [ctypes.c_char_p, _POINTER, _POINTER, _POINTER, _INT64]),
+    "moespac_read": (_INT64, [ctypes.c_char_p, _POINTER, _INT64]),
+    "moespac_kernel_new": (_POINTER, [_POINTER, ctypes.c_int, ctypes.c_char_p]),
+    "moespac_kernel_free": (None, [_POINTER]),
+    "moespac_kernel_run": (
+        ctypes.c_int,
+        [*(_POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64, _INT64), *[_POINTER] * 6],
+    ),
+    "moespac_decoder_new": (_POINTER, [_POINTER, ctypes.c_int, ctypes.c_char_p]),
+    "moespac_decoder_free": (None, [_POINTER]),
+    "moespac_decoder_layer": (
+        ctypes.c_int,
+        [*[_POINTER] * 4, ctypes.c_int, _POINTER, _INT64, _INT64, *[_POINTER] * 5],
+    ),
+    "moespac_join": (None, [_POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER]),
+    "moespac_decoder_head": (ctypes.c_int, [*[_POINTER] * 5, ctypes.c_int, _POINTER]),
+}
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The library, or None where there is none and none can be compiled, which is said once."""
+    try:
+        library = ctypes.CDLL(str(_find() or _compile()))
+    except (CompileError, OSError) as error:
+        log.warning(
+            "no native kernel (%s): experts on the CPU run in torch, which is several times slower", error
+        )
+        return None
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def chosen_isa(library: ctypes.CDLL) -> bytes | None:
+    """The instruction set to use: the fastest here, or the one that the environment names; None for torch.
+
+    Raises ConfigError when this machine lacks the one named.
+    """
+    wanted = os.environ.get(VARIABLE) or None
+    if wanted == TORCH:
+        return None
+    isa = library.moespac_isa(wanted.encode() if wanted else None)
+    if isa is None:
+        best = library.moespac_isa(None).decode()
+        raise ConfigError(f"{VARIABLE}={wanted}: not on this machine; give {best}, portable or {TORCH}")
+    return isa
+
+
+def _find() -> Path | None:
+    found = (directory / library_name() for directory in _directories())
+    return next((library for library in found if library.exists()), None)
+
+
+def _compile() -> Path:
+    """Into the package (a source checkout), or where that cannot be written, into the user's cache."""
+    directories = [directory for directory in _directories() if os.access(directory, os.W_OK)]
+    if not directories:
+        cache = _directories()[-1]
+        cache.mkdir(parents=True, exist_ok=True)
+        directories = [cache]
+    return compile_library(directories[0])
+
+
+def _directories() -> list[Path]:
+    return [Path(__file__).parent, platformdirs.user_cache_path("moespac") / "kernels"]

@@ -1,0 +1,432 @@
+"""The native kernel against float64, on every instruction set that this machine has."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import mmap
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from moespac.errors import ConfigError
+from moespac.experts.compute import ExpertMath
+from moespac.experts.format import FLOATS, RecordLayout, packed_layout, stored_layout
+from moespac.experts.kernels import HostKernel, host
+from moespac.experts.kernels.library import VARIABLE, load_library
+from moespac.model.index import ExpertTensor
+
+FORMATS = ("f32", "bf16", "f16", "int8", "int4")
+# Of the output's norm. Quantised: activations of 16 (int8) and 15 bits (int4); floats: float32's rounding of sums.
+TOLERANCES = {"f32": 2e-6, "bf16": 2e-6, "f16": 2e-6, "int8": 2e-4, "int4": 4e-4}
+SWIGLU = dict(has_gate=True, is_concatenated=True, has_bias=False)
+
+
+def isas() -> list[str]:
+    library = load_library()
+    assert library is not None, "this machine has no C compiler: nothing here can be tested"
+    names = ("portable", "avx2", "avx512", "neon")
+    return [name for name in names if library.moespac_isa(name.encode())]
+
+
+@pytest.fixture(params=isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(VARIABLE, request.param)
+    return request.param
+
+
+def silu_gate(up: torch.Tensor) -> torch.Tensor:
+    gate, up = up.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+def prototype(**flags: object) -> nn.Module:
+    """What transformers' experts modules show: SwiGLU unless said otherwise."""
+    return SimpleNamespace(**(SWIGLU | dict(act_fn=nn.functional.silu, _apply_gate=silu_gate) | flags))  # type: ignore[return-value]
+
+
+@dataclass
+class Experts:
+    """Some random experts in an arena, and what they are."""
+
+    layout: RecordLayout
+    arena: torch.Tensor  # (slots, nbytes)
+    module: nn.Module
+
+    def expected(self, slot: int, x: torch.Tensor) -> torch.Tensor:
+        """In float64, from the weights as decoded."""
+        layout, record = self.layout, self.arena[slot]
+        weights = {name: w.double() for name, w in layout.weights(record, torch.float32).items()}
+        double = SimpleNamespace(weights=lambda record, dtype: weights)
+        return ExpertMath(self.module, double)(x.double(), record, None)  # type: ignore[arg-type]
+
+
+def make_experts(
+    hidden: int,
+    width: int,
+    format: str,
+    slots: int = 1,
+    module: nn.Module | None = None,
+    seed: int = 0,
+) -> Experts:
+    module = module or prototype()
+    rows = {"gate_up_proj": 2 * width} if module.has_gate else {"up_proj": width}
+    up = next(iter(rows))
+    shapes = {
+        up: (rows[up], hidden),
+        f"{up}_bias": (rows[up],),
+        "down_proj": (hidden, width),
+        "down_proj_bias": (hidden,),
+    }
+    if not module.has_bias:
+        shapes = {name: shape for name, shape in shapes.items() if not name.endswith("bias")}
+    tensors = [
+        ExpertTensor(name, shape, FLOATS.get(format, torch.bfloat16), False) for name, shape in shapes.items()
+    ]
+    layout = stored_layout(tensors) if format == "f16" else packed_layout(tensors, format)
+    arena = torch.frombuffer(mmap.mmap(-1, slots * layout.nbytes), dtype=torch.uint8).view(slots, -1)
+    generator = torch.Generator().manual_seed(seed)
+    for record in arena:
+        weights = {n: torch.randn(s, generator=generator) * 2 / s[-1] ** 0.5 for n, s in shapes.items()}
+        layout.encode(weights, record)
+    return Experts(layout, arena, module)
+
+
+def run(
+    experts: Experts, x: torch.Tensor, routing: list[list[int]] | None = None, threads: int = 1
+) -> torch.Tensor:
+    """x (T, hidden), routing (T, k) slots (none: all to slot 0) -> (T * k, hidden)."""
+    kernel = HostKernel.build(experts.module, experts.layout, threads)
+    assert kernel is not None
+    return run_with(kernel, experts, x, routing)
+
+
+def run_with(
+    kernel: HostKernel, experts: Experts, x: torch.Tensor, routing: list[list[int]] | None = None
+) -> torch.Tensor:
+    flat = np.array(routing if routing else [[0]] * len(x)).reshape(-1)
+    slots, counts = np.unique(flat, return_counts=True)
+    out = torch.full((len(flat), x.shape[1]), math.nan)
+    begins = np.cumsum(counts) - counts
+    seconds = kernel.run(
+        x, len(flat) // len(x), experts.arena, slots, np.argsort(flat, kind="stable"), begins, counts, out
+    )
+    assert seconds.shape == slots.shape and (seconds > 0).all() and (seconds < 10).all()
+    return out
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("hidden", "width"), [(192, 64), (512, 288), (33, 17), (300, 75), (1, 1), (7, 259)])
+def test_agrees_with_float64(isa: str, format: str, hidden: int, width: int) -> None:
+    experts = make_experts(hidden, width, format)
+    kernel = HostKernel.build(experts.module, experts.layout, 1)
+    assert kernel is not None and kernel.isa == isa
+    for tokens in range(1, 18):
+        x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(tokens))
+        assert error(run_with(kernel, experts, x), experts.expected(0, x)) < TOLERANCES[format]
+
+
+@settings(max_examples=25)
+@given(
+    st.integers(1, 700), st.integers(1, 300), st.sampled_from(FORMATS), st.integers(1, 40), st.integers(0, 99)
+)
+def test_agrees_with_float64_for_any_shape(
+    hidden: int, width: int, format: str, tokens: int, seed: int
+) -> None:
+    experts = make_experts(hidden, width, format, seed=seed)
+    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(seed))
+    assert error(run(experts, x), experts.expected(0, x)) < TOLERANCES[format]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_bears_outliers(isa: str, format: str) -> None:
+    """One input a thousand times the others, as some models have: its 256 inputs lose bits, the others none."""
+    experts = make_experts(1024, 256, format)
+    x = torch.randn(3, 1024, generator=torch.Generator().manual_seed(0))
+    small = x.clone()
+    x[1, 700] = 1000.0
+    assert error(run(experts, x), experts.expected(0, x)) < 2 * TOLERANCES[format]
+    assert torch.equal(run(experts, x)[0], run(experts, small)[0])
+    # What the outlier leaves of the others: take it back with a weight of zero.
+    weights = experts.layout.weights(experts.arena[0], torch.float32)
+    weights = {name: weight.clone() for name, weight in weights.items()}
+    weights["gate_up_proj"][:, 700] = 0.0
+    experts.layout.encode(weights, experts.arena[0])
+    if format not in ("int4",):  # whose group of weights changes with the zero
+        assert error(run(experts, x)[1:2], experts.expected(0, x[1:2])) < 0.01
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("scale", [0.0, 1e-35, 1e-20, 1e10])
+def test_any_size_of_input(isa: str, format: str, scale: float) -> None:
+    module = prototype(has_gate=False, act_fn=nn.functional.relu)  # what SwiGLU squares leaves float32
+    experts = make_experts(96, 64, format, module=module)
+    x = scale * torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    found, expected = run(experts, x), experts.expected(0, x)
+    assert (found.double() - expected).norm() <= TOLERANCES[format] * expected.norm() + 1e-30
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_broken_token_stays_broken_and_alone(isa: str, format: str, bad: float) -> None:
+    experts = make_experts(96, 64, format)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    healthy = run(experts, x)
+    x[1, 5] = bad
+    found = run(experts, x)
+    assert not torch.isfinite(found[1]).any()
+    assert torch.equal(found[[0, 2]], healthy[[0, 2]])
+
+
+def test_extreme_weights_and_activations_do_not_overflow(isa: str) -> None:
+    """All products of a block at their largest and of one sign, in both integer formats."""
+    for format in ("int8", "int4"):
+        module = prototype(has_gate=False, act_fn=nn.functional.relu)
+        experts = make_experts(1024, 512, format, module=module)
+        weights = {"up_proj": torch.ones(512, 1024), "down_proj": torch.ones(1024, 512)}
+        weights["up_proj"][:, ::2] = (
+            1.0 if format == "int8" else 0.999
+        )  # int4 needs a step: q = 15, scale = 255
+        experts.layout.encode(weights, experts.arena[0])
+        x = torch.ones(3, 1024)
+        assert error(run(experts, x), experts.expected(0, x)) < TOLERANCES[format]
+
+
+# ---- the same bits, whatever is computed beside ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_token_does_not_depend_on_those_beside_it(isa: str, format: str) -> None:
+    experts = make_experts(300, 75, format)
+    kernel = HostKernel.build(experts.module, experts.layout, 1)
+    assert kernel is not None
+    x = torch.randn(70, 300, generator=torch.Generator().manual_seed(0))
+    alone = torch.cat([run_with(kernel, experts, token[None]) for token in x])
+    for tokens in (*range(2, 18), 32, 33, 70):
+        assert torch.equal(run_with(kernel, experts, x[:tokens].contiguous()), alone[:tokens])
+
+
+@pytest.mark.parametrize("format", ["f32", "int8", "int4"])
+def test_outputs_do_not_depend_on_threads_or_other_experts(isa: str, format: str) -> None:
+    experts = make_experts(96, 40, format, slots=7)
+    x = torch.randn(90, 96, generator=torch.Generator().manual_seed(0))
+    routing = np.random.default_rng(0).permuted(np.tile(np.arange(7), (90, 1)), axis=1)[:, :3]
+    routing[:50, 0] = 6  # more of one expert than are computed at once ...
+    routing[:50, 1:] = routing[:50, 1:] % 6
+    expected = run(experts, x, routing.tolist())
+    for threads in (2, 3, 16):
+        kernel = HostKernel.build(experts.module, experts.layout, threads)
+        assert kernel is not None
+        for _ in range(20):
+            assert torch.equal(run_with(kernel, experts, x, routing.tolist()), expected)
+    for token in (0, 60):
+        for choice in range(3):
+            slot = int(routing[token, choice])
+            alone = run(experts, x[token : token + 1], [[slot]])
+            assert torch.equal(alone[0], expected[3 * token + choice])
+            assert error(alone, experts.expected(slot, x[token : token + 1])) < TOLERANCES[format]
+
+
+def test_rows_without_a_job_are_left_alone(isa: str) -> None:
+    experts = make_experts(32, 16, "int8", slots=2)
+    kernel = HostKernel.build(experts.module, experts.layout, 2)
+    assert kernel is not None
+    x, out = torch.randn(3, 32), torch.full((6, 32), 5.0)
+    rows = np.array([9, 1, 4, 2])  # the first is nobody's
+    seconds = kernel.run(x, 2, experts.arena, np.array([1, 0]), rows, np.array([1, 3]), np.array([2, 1]), out)
+    assert seconds.shape == (2,)
+    assert (out[[0, 3, 5]] == 5.0).all() and (out[[1, 2, 4]] != 5.0).all()
+    assert error(out[[1, 4]], experts.expected(1, x[[0, 2]])) < TOLERANCES["int8"]
+    empty = np.zeros(0, np.int64)
+    assert kernel.run(x, 2, experts.arena, empty, rows, empty, empty, out).shape == (0,)
+
+
+def test_calls_from_several_threads_take_turns(isa: str) -> None:
+    experts = make_experts(64, 32, "int4", slots=4)
+    kernel = HostKernel.build(experts.module, experts.layout, 2)
+    assert kernel is not None
+    inputs = [torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) for n in (1, 3, 40)]
+    routing = [[[t % 4] for t in range(len(x))] for x in inputs]
+    expected = [run_with(kernel, experts, x, r) for x, r in zip(inputs, routing, strict=True)]
+
+    def work(i: int) -> bool:
+        return torch.equal(run_with(kernel, experts, inputs[i % 3], routing[i % 3]), expected[i % 3])
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(300)))
+
+
+def test_a_forked_child_computes_too() -> None:
+    experts = make_experts(64, 32, "int8", slots=4)
+    kernel = HostKernel.build(experts.module, experts.layout, 3)
+    assert kernel is not None
+    x, routing = torch.ones(4, 64), [[0], [1], [2], [3]]
+    expected = run_with(kernel, experts, x, routing)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(run_with(kernel, experts, x, routing), expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert torch.equal(run_with(kernel, experts, x, routing), expected)
+
+
+def test_idle_threads_sleep_and_end_with_their_kernel() -> None:
+    experts = make_experts(64, 32, "int8", slots=8)
+    before = len(os.listdir("/proc/self/task"))
+    kernel = HostKernel.build(experts.module, experts.layout, 5)
+    assert kernel is not None
+    run_with(kernel, experts, torch.ones(8, 64), [[i] for i in range(8)])
+    assert len(os.listdir("/proc/self/task")) == before + 4
+    start = os.times()
+    ctypes.CDLL(None).usleep(300_000)
+    assert os.times().user + os.times().system - start.user - start.system < 0.1
+    del kernel
+    assert len(os.listdir("/proc/self/task")) == before
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("hidden", "width"), [(33, 17), (192, 64), (32, 24)])
+def test_reads_nothing_outside_the_record(isa: str, format: str, hidden: int, width: int) -> None:
+    """The last byte of the last block lies before a page that may not be read: one byte more is a crash."""
+    experts = make_experts(hidden, width, format, module=prototype(has_bias=True))
+    blocks = [block for tensor in experts.layout.tensors for block in tensor.blocks]
+    used = max(block.offset + block.nbytes for block in blocks)
+    kernel = HostKernel.build(experts.module, experts.layout, 1)
+    assert kernel is not None
+    pages = mmap.mmap(-1, experts.layout.nbytes + 2 * mmap.PAGESIZE)
+    memory = torch.frombuffer(pages, dtype=torch.uint8)
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    guard = ctypes.c_void_p(memory.data_ptr() + experts.layout.nbytes + mmap.PAGESIZE)
+    assert protect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    # A kernel only reads; that its loads are aligned is not asked for.
+    begin = experts.layout.nbytes + mmap.PAGESIZE - used
+    memory[begin : begin + used] = experts.arena[0, :used]
+    out = torch.empty(3, hidden)
+    x = torch.randn(3, hidden, generator=torch.Generator().manual_seed(0))
+    call = [np.zeros(1, np.int64), np.arange(3), np.zeros(1, np.int64), np.full(1, 3)]
+    seconds = np.empty(1)
+    slots, rows, begins, counts = (array.ctypes.data for array in call)
+    failed = kernel._run(
+        *(kernel._kernel, x.data_ptr(), 3, 1, memory.data_ptr() + begin, 0, 1),
+        *(slots, rows, begins, counts, out.data_ptr(), seconds.ctypes.data),
+    )
+    assert failed == 0
+    assert error(out, experts.expected(0, x)) < TOLERANCES[format]
+    protect(guard, ctypes.c_size_t(mmap.PAGESIZE), 3)
+
+
+# ---- families --------------------------------------------------------------------------------------------------
+
+
+def family_experts(family: str, format: str) -> Experts:
+    from tests.families import build_model
+
+    module = next(m for m in build_model(family).modules() if hasattr(m, "is_transposed"))
+    hidden, width = (module.down_proj.shape[1:])[:: 1 if not module.is_transposed else -1]
+    return make_experts(hidden, width, format, module=module)
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "nemotron_h", "granitemoe"]
+)
+@pytest.mark.parametrize("format", ["f32", "int4"])
+def test_families(family: str, format: str) -> None:
+    experts = family_experts(family, format)
+    x = 3 * torch.randn(5, experts.layout.tensors[0].shape[1], generator=torch.Generator().manual_seed(0))
+    assert error(run(experts, x), experts.expected(0, x)) < TOLERANCES[format]
+
+
+def clamped(up: torch.Tensor) -> torch.Tensor:
+    gate, up = up.chunk(2, dim=-1)
+    return nn.functional.silu(gate.clamp(max=10.0)) * up.clamp(-10.0, 10.0)
+
+
+GATES = {
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+    "relu": nn.functional.relu,
+    "relu2": lambda x: nn.functional.relu(x).square(),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+@pytest.mark.parametrize("name", [*GATES, "clamped"])
+@pytest.mark.parametrize("has_gate", [True, False])
+def test_gates(isa: str, name: str, has_gate: bool) -> None:
+    module = prototype(has_gate=has_gate, limit=10.0, _apply_gate=clamped)
+    if name != "clamped":
+        act_fn = GATES[name]
+        module.act_fn = act_fn
+        module._apply_gate = lambda up: act_fn(up.chunk(2, dim=-1)[0]) * up.chunk(2, dim=-1)[1]
+    experts = make_experts(64, 48, "f32", module=module)
+    x = 8 * torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    assert error(run(experts, x), experts.expected(0, x)) < TOLERANCES["f32"]
+
+
+# ---- what is not served ----------------------------------------------------------------------------------------
+
+
+def build_reason(caplog: pytest.LogCaptureFixture, module: nn.Module, layout: RecordLayout) -> str:
+    with caplog.at_level(logging.INFO, logger="moespac"):
+        assert HostKernel.build(module, layout, 1) is None
+    return caplog.text
+
+
+def test_an_unknown_gate_is_left_to_torch(caplog: pytest.LogCaptureFixture) -> None:
+    module = prototype(_apply_gate=lambda up: torch.sin(silu_gate(up)))
+    layout = make_experts(32, 16, "f32").layout
+    assert "does not know their gate" in build_reason(caplog, module, layout)
+
+
+def test_transposed_and_normalised_experts_are_left_to_torch(caplog: pytest.LogCaptureFixture) -> None:
+    tensors = [ExpertTensor("gate_up_proj", (32, 32), torch.float32, True)]
+    tensors.append(ExpertTensor("down_proj", (16, 32), torch.float32, True))
+    assert "transposed" in build_reason(caplog, prototype(), stored_layout(tensors))
+    layout = make_experts(32, 16, "f32").layout
+    assert "normalise" in build_reason(caplog, prototype(has_post_expert_norm=True), layout)
+
+
+def test_a_kernel_that_computes_something_else_is_not_used(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Halved(ExpertMath):
+        def __call__(self, *arguments: object) -> torch.Tensor:
+            return 0.5 * super().__call__(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(host, "ExpertMath", Halved)
+    assert "computes something else" in build_reason(caplog, prototype(), make_experts(32, 16, "f32").layout)
+
+
+def test_the_variable_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = make_experts(32, 16, "f32").layout
+    monkeypatch.setenv(VARIABLE, "torch")
+    assert HostKernel.build(prototype(), layout, 1) is None
+    monkeypatch.setenv(VARIABLE, "mmx")
+    with pytest.raises(
+        ConfigError, match=r"MOESPAC_KERNEL=mmx: not on this machine; give \w+, portable or torch"
+    ):
+        HostKernel.build(prototype(), layout, 1)
+    monkeypatch.delenv(VARIABLE)
+    kernel = HostKernel.build(prototype(), layout, 1)
+    assert kernel is not None and (
+        kernel.isa != "portable" or sys.platform != "linux" or isas() == ["portable"]
+    )
