@@ -296,6 +296,34 @@ class KernelBenchConfig:
 
 
 @dataclass(frozen=True)
+class DecodeBenchConfig:
+    """How ``moespac bench decode`` runs: the same for every contender."""
+
+    factor: int = 128  # the embedded experts so many times as wide: 4.7 million weights, as large models have
+    tokens: int = 24  # decoded for each prompt: long enough for caches and governor, short enough for a tour
+    warmup_tokens: int = 16  # of one prompt before the measured ones: caches fill, pages are mapped
+    ready_tokens: int = 2  # generated before the memory limit is set: libraries and buffers are then in place
+    rounds: int = 2  # in each round all contenders run once; more rounds, narrower medians
+    warmup_seconds: float = 8.0  # at most
+    decode_seconds: float = 15.0  # of one run; a slower contender's rate is that of the tokens it came to
+    run_seconds: float = 120.0  # of one run with loading; then it is ended and reported as out of time
+    baseline_window: int = 4  # K of baselines with speculation: fixed, the paper's
+    llama_draft_most: int = 16  # llama.cpp's own default (--draft-max) ...
+    llama_draft_probability: float = 0.75  # ... and below this probability it ends a draft (--draft-p-min)
+    lookup_ngram: int = 2  # llama-cpp-python's own defaults of prompt lookup ...
+    lookup_tokens: int = 10
+    margin_bytes: int = (
+        96 << 20
+    )  # free beside experts and process: the kernel's own, and what other programs touch
+    loading_bytes: int = 4 << 30  # free while a contender loads: the limit is on decoding, not on loading
+    ballast_chunk: int = 16 << 20  # locked or freed at once: as near as the limit comes to what was asked for
+    ballast_tries: int = 8  # adjustments until the kernel's own figure agrees; it lags behind
+    memory_bytes: int = 256 << 20  # read for the memory's bandwidth; no cache is as large
+    storage_depth: int = 8  # reads in flight when the storage's bandwidth is measured
+    storage_seconds: float = 1.0  # of reading; measured again in each round
+
+
+@dataclass(frozen=True)
 class SimulationConfig:
     """What a simulation assumes where neither the trace nor the hardware profile says it."""
 

@@ -18,13 +18,10 @@ if TYPE_CHECKING:
 
 @contextmanager
 def counting(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function that is told how many of how many are done."""
-    console = Console(stderr=True)
-    if not console.is_terminal:  # a log file is no place for bars
-        yield lambda done, total: None
-        return
+    """Yields a function that is told how many of how many are done. Silent where there is no terminal."""
     columns = TextColumn(title, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 

@@ -6,6 +6,7 @@ import typer
 
 from moespac.cli import (
     bench_ablation,
+    bench_decode,
     bench_kernels,
     bench_paper,
     bench_plan,
@@ -20,6 +21,7 @@ app.command()(bench_ablation.ablation)
 app.command()(bench_validate.validate)
 app.command()(bench_validity.validity)
 app.command()(bench_kernels.kernels)
+app.command()(bench_decode.decode)
 app.command()(bench_plan.plan)
 app.command()(bench_soak.soak)
 
