@@ -1,5 +1,5 @@
 # From a fresh clone: `make demo` shows it, `make test` checks it. Both set up .venv first.
-.PHONY: setup demo test lint bench
+.PHONY: setup demo serve test lint bench
 
 VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
@@ -13,6 +13,9 @@ setup: $(STAMP)
 
 demo: setup
 	$(PYTHON_IN_VENV) -m moespac demo
+
+serve: setup
+	$(PYTHON_IN_VENV) -m moespac serve --host-memory 25%
 
 test: lint
 	$(PYTHON_IN_VENV) -m pytest -q

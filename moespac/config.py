@@ -211,6 +211,17 @@ class TimelineConfig:
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    """From where on `moespac doctor` speaks up. Bytes, bytes/s."""
+
+    slow_memory: float = 8e9  # half of what one thread of an ordinary desktop reads
+    little_free: float = 0.2  # of all host memory
+    much_swap: int = 1 << 30  # less is what systems swap out of idle programs
+    slow_storage: float = 5e8  # below SATA disks' rate: hard disks, network file systems
+    slow_link: float = 8e9  # PCIe 3.0 x16 reaches 12 GB/s
+
+
+@dataclass(frozen=True)
 class PackConfig:
     """How files are written when a checkpoint is packed or inflated."""
 
@@ -276,6 +287,43 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True)
+class KernelBenchConfig:
+    """How ``moespac bench kernels`` measures."""
+
+    tokens: tuple[int, ...] = (1, 4, 8, 16)  # plain decoding to the longest drafts
+    rotate_bytes: int = 288 << 20  # of each contender's weights, taking turns: no cache holds a tenth of it
+    rounds: int = 60  # each contender's turns: some seconds a format
+
+
+@dataclass(frozen=True)
+class DecodeBenchConfig:
+    """How ``moespac bench decode`` runs: the same for every contender."""
+
+    factor: int = 128  # the embedded experts so many times as wide: 4.7 million weights, as large models have
+    tokens: int = 24  # decoded for each prompt: long enough for caches and governor, short enough for a tour
+    warmup_tokens: int = 16  # of one prompt before the measured ones: caches fill, pages are mapped
+    ready_tokens: int = 2  # generated before the memory limit is set: libraries and buffers are then in place
+    rounds: int = 2  # in each round all contenders run once; more rounds, narrower medians
+    warmup_seconds: float = 8.0  # at most
+    decode_seconds: float = 15.0  # of one run; a slower contender's rate is that of the tokens it came to
+    run_seconds: float = 120.0  # of one run with loading; then it is ended and reported as out of time
+    baseline_window: int = 4  # K of baselines with speculation: fixed, the paper's
+    llama_draft_most: int = 16  # llama.cpp's own default (--draft-max) ...
+    llama_draft_probability: float = 0.75  # ... and below this probability it ends a draft (--draft-p-min)
+    lookup_ngram: int = 2  # llama-cpp-python's own defaults of prompt lookup ...
+    lookup_tokens: int = 10
+    margin_bytes: int = (
+        96 << 20
+    )  # free beside experts and process: the kernel's own, and what other programs touch
+    loading_bytes: int = 4 << 30  # free while a contender loads: the limit is on decoding, not on loading
+    ballast_chunk: int = 16 << 20  # locked or freed at once: as near as the limit comes to what was asked for
+    ballast_tries: int = 8  # adjustments until the kernel's own figure agrees; it lags behind
+    memory_bytes: int = 256 << 20  # read for the memory's bandwidth; no cache is as large
+    storage_depth: int = 8  # reads in flight when the storage's bandwidth is measured
+    storage_seconds: float = 1.0  # of reading; measured again in each round
+
+
+@dataclass(frozen=True)
 class SimulationConfig:
     """What a simulation assumes where neither the trace nor the hardware profile says it."""
 
@@ -301,6 +349,48 @@ class EagerConfig:
         27  # of an expert on the accelerator: where, index, three linears of six, activation, sum
     )
     layer_calls: int = 60  # of a layer's attention, norms, router, and of sorting its experts out
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What ``moespac plan`` assumes."""
+
+    layers: int = 6  # simulated, in place of all: they are alike, and a plan is to take seconds
+    tokens: int = 64  # decoded in each simulation, after a prompt that warms the sensors
+    local: SyntheticConfig = field(  # a text that keeps to its subject, and a router that follows it
+        default_factory=lambda: SyntheticConfig(topic=1.8, phrase=1.2)
+    )
+    scattered: SyntheticConfig = field(  # a router trained to be even, and a text of many subjects
+        default_factory=lambda: SyntheticConfig(popularity=0.4, topic=0.6, topic_tokens=200.0)
+    )
+    error: float = 0.25  # of the simulator on a machine that was measured, added on both sides (docs/plan.md)
+    enough: float = 0.8  # a more exact format is recommended if it is this near to the fastest
+    reserve_bytes: int = 1 << 30  # of the trunk's memory: KV cache of some thousand tokens, activations, buffers
+    drafter_share: float = 0.1  # bytes of a draft model beside its target's trunk: 0.6B drafters of 30B targets
+    drafter_window: int = 4
+    drafter_acceptance: float = 0.7  # of a draft model of the target's family, on prose and code
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How requests share the engine, and what a client may send."""
+
+    queue: int = 32  # requests that wait; one more is told when to come again
+    parallel: int = 4  # answers that take turns: each holds a KV cache, and the others' experts go cold
+    turn_windows: int = 4  # windows a turn: as long as an expert stays resident (BalanceConfig), so that a turn
+    # finds again what it fetched; a drafter's and a reader's patience allow more
+    max_tokens_limit: int = 0  # of one answer; 0: as many as the context holds
+    body_bytes: int = 2 << 20  # of one request: half a million tokens of text
+    header_bytes: int = 16 << 10  # of one request; what most servers allow
+    connections: int = 256  # open at once
+    grace_seconds: float = 10.0  # that running answers have to finish once the server is told to stop
+    live_seconds: float = 0.15  # between two looks at the engine, however many look
+    live_wait: float = 1.0  # for a look; a longer pass shows what was seen last
+    live_watched: float = 5.0  # seconds after the last look in which the timeline goes on being recorded
+    live_steps: int = 32  # that the rates on the page are taken over: some seconds
+    live_passes: int = 4  # that the page's timeline shows
+    live_spans: int = 2000  # of the timeline, at most: four passes of the embedded model have some 500
+    speed_life: float = 8.0  # mean life, in answers, of what one answer costs: for Retry-After
 
 
 @dataclass(frozen=True)

@@ -382,6 +382,13 @@ def test_chat_exit_leaves_at_once(engine: FakeEngine) -> None:
     assert engine.chats == []
 
 
+def test_chat_says_the_system_message_before_everything(engine: FakeEngine) -> None:
+    run("chat", "--system", "Be brief.", stdin="hello\n/system Rhyme.\nagain\n/system off\nthird\n/system\n")
+    first = [chat[0]["content"] for chat in engine.chats]
+    assert first == ["Be brief.", "Rhyme.", "hello"]
+    assert [chat[0]["role"] for chat in engine.chats] == ["system", "system", "user"]
+
+
 def test_chat_help_stats_and_unknown_commands(engine: FakeEngine) -> None:
     before, after = run("chat", stdin="/stats\n"), run("chat", stdin="hello\n/stats\n/help\n/dance now\n")
     assert "nothing was answered" in before.stderr

@@ -18,6 +18,7 @@ from moespac.engine.build import DEMO, load
 from moespac.engine.summary import Summary
 from moespac.experts.compute import ExpertMath
 from moespac.experts.format import packed_layout
+from moespac.experts.kernels import HostKernel
 from moespac.model.index import ExpertTensor
 from moespac.sim.shapes import read_model
 
@@ -26,7 +27,10 @@ _COUNTED_ELSEWHERE = ("host_experts", "wait_for_experts")  # causes of seconds
 
 
 class ExpertProbe:
-    """A SwiGLU expert as the engine runs it: its own mathematics on its own records."""
+    """A SwiGLU expert as the engine runs it: its own mathematics, or its own kernel, on its own records.
+
+    The kernel computes an expert on each thread; ``together`` is how many a run computes at once.
+    """
 
     def __init__(self, hidden: int, width: int, format: str, nbytes: int, device: str = "cpu") -> None:
         """``nbytes`` of equal records take turns: more than any cache holds, so each is read from memory."""
@@ -42,14 +46,27 @@ class ExpertProbe:
         layout.encode(
             {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}, record
         )
+        threads = torch.get_num_threads()
         self.hidden = hidden
         self._math = ExpertMath(prototype, layout)
-        self._records = cycle([record.to(device, copy=True) for _ in range(-(-nbytes // layout.nbytes))])
+        self._kernel = HostKernel.build(prototype, layout, threads) if device == "cpu" else None
+        self.together = threads if self._kernel else 1
+        count = max(-(-nbytes // layout.nbytes), self.together)
+        self._records = record.to(device).repeat(count, 1)  # (count, record_bytes)
+        self._turns = cycle(range(count))
 
     @torch.no_grad()
     def run(self, x: torch.Tensor) -> torch.Tensor:
-        """x (M, hidden) -> (M, hidden), through the record whose turn it is."""
-        return self._math(x, next(self._records), None)
+        """x (M, hidden) -> (M, hidden), through the record whose turn it is; ``together`` of them in the kernel."""
+        if self._kernel is None:
+            return self._math(x, self._records[next(self._turns)], None)
+        tokens, jobs = x.shape[0], self.together
+        out = torch.empty(tokens * jobs, self.hidden)  # as if each token were routed to all of them
+        slots = np.array([next(self._turns) for _ in range(jobs)])
+        rows = np.ascontiguousarray(np.arange(tokens * jobs).reshape(tokens, jobs).T).ravel()
+        begins, counts = tokens * np.arange(jobs), np.full(jobs, tokens)
+        self._kernel.run(x, jobs, self._records, slots, rows, begins, counts, out)
+        return out.view(tokens, jobs, self.hidden)[:, 0]
 
 
 def memory_bandwidth(threads: int, config: MeasureConfig) -> float:
@@ -63,7 +80,7 @@ def memory_bandwidth(threads: int, config: MeasureConfig) -> float:
 def host_expert_seconds(
     formats: Sequence[str], config: MeasureConfig, advance: Callable[[], None]
 ) -> dict[str, dict[int, float]]:
-    """Seconds of one expert in float32, the engine's choice on a CPU, by record format and tokens.
+    """Seconds that one expert costs a layer, in float32, the engine's choice on a CPU, by record format and tokens.
 
     Everything takes one turn in each round, so that a busy second of the machine is one sample of each and not all
     samples of one. ``advance`` is called after each of ``repeats`` + 1 rounds; the first does not count.
@@ -75,14 +92,18 @@ def host_expert_seconds(
     for _ in range(config.repeats + 1):
         rounds.append({(f, n): seconds(partial(probes[f].run, inputs[n])) for f in formats for n in inputs})
         advance()
-    return {f: {n: typical([spent[f, n] for spent in rounds[1:]]) for n in inputs} for f in formats}
+    return {
+        f: {n: typical([spent[f, n] for spent in rounds[1:]]) / probes[f].together for n in inputs}
+        for f in formats
+    }
 
 
 def expert_overhead(config: MeasureConfig) -> float:
     """Seconds of an expert on the host whose arithmetic takes no time."""
     probe = ExpertProbe(_TINY, _TINY, "f32", nbytes=1)
     x = torch.ones(1, _TINY)
-    return typical_seconds(lambda: probe.run(x), 100 * config.repeats)  # some microseconds each
+    spent = typical_seconds(lambda: probe.run(x), 100 * config.repeats)  # some microseconds each
+    return spent / probe.together
 
 
 def layer_overhead(bandwidth: float, config: MeasureConfig) -> float:

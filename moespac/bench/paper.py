@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any
 
-import numpy as np
-
 from moespac.policy.baselines.belady import BeladyPolicy
 from moespac.policy.planner import MoeSpacPolicy
 from moespac.policy.registry import SIMULATOR_POLICIES
@@ -17,7 +15,7 @@ from moespac.sim.shapes import SimModel
 from moespac.sim.simulator import Setting
 from moespac.sim.study import Task, simulate_all
 from moespac.sim.synthetic import synthetic_routing
-from moespac.trace.schema import Trace, compact
+from moespac.trace.schema import Trace
 
 HARDWARE = "rtx4090-pcie4"
 BENCHMARKS = 7  # that the paper's means are over
@@ -83,20 +81,7 @@ def categories_of(trace: Trace) -> dict[str, list[int]]:
 def synthetic_trace(model: SimModel, tokens: int, seed: int) -> Trace:
     """As many texts as the paper has benchmarks, with the locality of Qwen3-30B-A3B's routing."""
     made = synthetic_routing(model.to_model_shape(), [tokens] * BENCHMARKS, seed)
-    count = len(made.tokens)
-    return Trace(
-        experts=model.experts,
-        tokens=made.tokens,
-        routing=compact(made.experts, model.experts),
-        weights=None,
-        pass_offsets=np.arange(count + 1),
-        drafted=np.zeros(count, np.int32),
-        accepted=np.zeros(count, np.int32),
-        prefill=np.zeros(count, np.bool_),
-        sequence_offsets=made.offsets,
-        categories=tuple(f"text {number}" for number in range(1, BENCHMARKS + 1)),
-        source=f"synthetic, with the locality of Qwen3-30B-A3B's, seed {seed}",
-    )
+    return made.to_trace(model.experts, f"synthetic, with the locality of Qwen3-30B-A3B's, seed {seed}")
 
 
 def run_paper(

@@ -80,13 +80,19 @@ def _fill(fd: int, nbytes: int) -> None:
 
 
 def _measure(fd: int, config: MeasureConfig, advance: Callable[[], None]) -> StorageSpeed:
-    direct_fd = _reopen_direct(fd)
+    direct_fd = reopen_direct(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     rates = {}
     try:
         for block in config.block_bytes:
             for depth in config.depths:
-                rates[block, depth] = _read_rate(fd if direct_fd is None else direct_fd, block, depth, config)
+                rates[block, depth] = read_rate(
+                    fd if direct_fd is None else direct_fd,
+                    block,
+                    config.storage_bytes // block,
+                    depth,
+                    config.storage_seconds,
+                )
                 advance()
     finally:
         if direct_fd is not None:
@@ -94,7 +100,7 @@ def _measure(fd: int, config: MeasureConfig, advance: Callable[[], None]) -> Sto
     return StorageSpeed(rates, direct=direct_fd is not None)
 
 
-def _reopen_direct(fd: int) -> int | None:
+def reopen_direct(fd: int) -> int | None:
     """The same file past the page cache, or None where its file system refuses."""
     try:
         direct_fd = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT)
@@ -109,17 +115,17 @@ def _reopen_direct(fd: int) -> int | None:
     return direct_fd
 
 
-def _read_rate(fd: int, block: int, depth: int, config: MeasureConfig) -> float:
-    """Bytes/s of ``depth`` threads that read random blocks for ``storage_seconds``."""
+def read_rate(fd: int, block: int, blocks: int, depth: int, seconds: float) -> float:
+    """Bytes/s of ``depth`` threads that read random ones of a file's first ``blocks`` for so many seconds."""
     start = time.perf_counter()
-    deadline = start + config.storage_seconds
+    deadline = start + seconds
 
     def read(thread: int) -> int:
         places = np.random.default_rng([block, depth, thread])
         done = 0
         with mmap.mmap(-1, block) as buffer:  # starts at a page, as direct reads must
             while time.perf_counter() < deadline:
-                done += os.preadv(fd, [buffer], int(places.integers(config.storage_bytes // block)) * block)
+                done += os.preadv(fd, [buffer], int(places.integers(blocks)) * block)
         return done
 
     with ThreadPoolExecutor(depth) as pool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from io import TextIOWrapper
 from typing import Annotated, Any, Literal
 
@@ -12,7 +13,21 @@ import typer
 from typer.core import TyperGroup
 
 import moespac
-from moespac.cli import bench, chat, demo, evaluate, generate, prepare, profile, simulate, trace
+from moespac.cli import (
+    bench,
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    plan,
+    prepare,
+    profile,
+    report,
+    serve,
+    simulate,
+    trace,
+)
 from moespac.errors import MoespacError
 
 # Typer carries its own click since 0.27 and stands on the package before; its errors share this ancestor.
@@ -48,10 +63,14 @@ app = typer.Typer(
 _RUN, _PREPARE, _MEASURE = "Run a model", "Prepare a model", "Measure"
 app.command(rich_help_panel=_RUN)(generate.generate)
 app.command(rich_help_panel=_RUN)(chat.chat)
+app.command(rich_help_panel=_RUN)(serve.serve)
 app.command(rich_help_panel=_RUN)(demo.demo)
+app.command(rich_help_panel=_PREPARE)(plan.plan)
 app.command(rich_help_panel=_PREPARE)(prepare.pack)
 app.command(rich_help_panel=_PREPARE)(prepare.inflate)
+app.command(rich_help_panel=_MEASURE)(doctor.doctor)
 app.command(rich_help_panel=_MEASURE)(profile.profile)
+app.command(rich_help_panel=_MEASURE)(report.report)
 app.command(rich_help_panel=_MEASURE)(simulate.simulate)
 app.command("eval", rich_help_panel=_MEASURE)(evaluate.evaluate)
 app.add_typer(trace.app, name="trace", rich_help_panel=_MEASURE)
@@ -80,6 +99,8 @@ def _global_options(
     """
     logging.basicConfig(format="%(levelname)s: %(message)s")
     logging.getLogger("moespac").setLevel(log_level.upper())
+    if log_level != "debug":
+        warnings.simplefilter("ignore", FutureWarning)  # of libraries, to those who call them: that is us
     # Read when transformers is imported: its warnings are for those who write models, its bars hide ours.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

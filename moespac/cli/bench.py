@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import typer
 
-from moespac.cli import bench_ablation, bench_paper, bench_validate, bench_validity
+from moespac.cli import (
+    bench_ablation,
+    bench_decode,
+    bench_kernels,
+    bench_paper,
+    bench_plan,
+    bench_soak,
+    bench_validate,
+    bench_validity,
+)
 
 app = typer.Typer(help="Measure moespac itself.", no_args_is_help=True)
 app.command()(bench_paper.paper)
 app.command()(bench_ablation.ablation)
 app.command()(bench_validate.validate)
 app.command()(bench_validity.validity)
+app.command()(bench_kernels.kernels)
+app.command()(bench_decode.decode)
+app.command()(bench_plan.plan)
+app.command()(bench_soak.soak)
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""``moespac eval``: perplexity of a model, beside that of the original it was packed from."""
+"""``moespac eval``: perplexity of a model, beside that of the original it was packed from; or a harness's tasks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-import moespac
-from moespac.cli.bars import counting
-from moespac.cli.files import read_text
+from moespac.cli.bars import counting, loaded
+from moespac.cli.files import JsonFile, read_text
 from moespac.cli.flags import MODEL, TEXT, MemoryFlags, Model
 from moespac.cli.spread import spread
 from moespac.errors import ConfigError
@@ -22,13 +21,44 @@ from moespac.errors import ConfigError
 if TYPE_CHECKING:
     from moespac.evaluate import Perplexity
 
+TASKS = "Tasks"
+
 Against = Annotated[
     Path | None,
     typer.Option(help="Directory of the original, to compare with: same tokenizer.", rich_help_panel=MODEL),
 ]
 TextFile = Annotated[
-    Path, typer.Option("--text", help="A UTF-8 text to predict; - for standard input.", rich_help_panel=TEXT)
+    Path | None,
+    typer.Option("--text", help="A UTF-8 text to predict; - for standard input.", rich_help_panel=TEXT),
 ]
+
+
+@dataclass(frozen=True)
+class TaskFlags:
+    """What lm-evaluation-harness is to run."""
+
+    tasks: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Tasks with commas between them.", rich_help_panel=TASKS),
+    ] = None
+    task_directory: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Tasks of your own, as YAML files.", rich_help_panel=TASKS),
+    ] = None
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Documents of each task.", show_default="all", rich_help_panel=TASKS),
+    ] = None
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Examples before each question.", show_default="the task's", rich_help_panel=TASKS
+        ),
+    ] = None
+    json: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the tasks' scores here.", rich_help_panel=TASKS),
+    ] = None
 
 
 @spread
@@ -36,16 +66,26 @@ def evaluate(
     *,
     model: Model = None,
     against: Against = None,
-    text: TextFile,
+    text: TextFile = None,
     max_tokens: Annotated[
         int, typer.Option(min=2, help="Tokens of the text to use at most.", rich_help_panel=TEXT)
     ] = 4096,
     context: Annotated[
         int, typer.Option(min=1, help="Tokens a window; windows do not overlap.", rich_help_panel=TEXT)
     ] = 512,
+    tasks: TaskFlags,
     memory: MemoryFlags,
 ) -> None:
-    """Perplexity of a model on a text; with --against, how much quantised experts cost."""
+    """Perplexity of a model on a text, with --against how much quantised experts cost; or a harness's tasks.
+
+    --tasks runs lm-evaluation-harness over the engine (pip install 'moespac[eval]').
+    """
+    if (text is None) == (tasks.tasks is None):
+        raise ConfigError(
+            "give --text FILE for a perplexity, or --tasks NAMES for a harness's tasks; one of them"
+        )
+    if text is None:
+        return _run_tasks(model, tasks, memory)
     words = read_text(text, "--text")
     settings = memory.arguments() | {"draft": "none", "profile": None}
     results = {"model": _measure(model, words, max_tokens, context, settings)}
@@ -56,6 +96,27 @@ def evaluate(
                 f"--against {against}: has another tokenizer, so nothing compares; name the original"
             )
     Console().print(_table(results))
+
+
+def _run_tasks(model: Path | None, flags: TaskFlags, memory: MemoryFlags) -> None:
+    try:
+        from moespac.harness import evaluate_tasks
+    except ImportError:
+        raise ConfigError("--tasks needs lm-evaluation-harness: pip install 'moespac[eval]'") from None
+    names = [name.strip() for name in (flags.tasks or "").split(",") if name.strip()]
+    if not names:
+        raise ConfigError("--tasks: names no task; `lm-eval ls tasks` lists them")
+    file = JsonFile(flags.json, "--json") if flags.json else None
+    with loaded(model, memory.arguments() | {"profile": None}) as engine, counting("answering") as progress:
+        found = evaluate_tasks(engine, names, flags.task_directory, flags.limit, flags.shots, progress)
+    table = Table("task", "metric", "value")
+    for task, metrics in found.items():
+        for metric, value in metrics.items():
+            if isinstance(value, float):
+                table.add_row(Text(task), Text(metric.removesuffix(",none")), f"{value:.4f}")
+    Console().print(table)
+    if file:
+        file.write(found)
 
 
 @dataclass(frozen=True)
@@ -71,7 +132,7 @@ def _measure(
     from moespac.evaluate import perplexity
 
     name = "the embedded model" if path is None else str(path)
-    with moespac.load(path, **settings) as engine:
+    with loaded(path, settings) as engine:
         if engine.tokenizer is None:
             raise ConfigError(f"{name}: has no tokenizer to read a text with; add its tokenizer files")
         if context > engine.context:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-import moespac
+from moespac.cli.bars import loaded
 from moespac.cli.files import JsonFile, read_text
 from moespac.cli.flags import (
     OUTPUT,
@@ -65,7 +65,7 @@ def generate(
     start = _prompt(model, prompt, prompt_file)
     result_file = JsonFile(json, "--json") if json else None
 
-    with timeline.recording() as record, moespac.load(model, **settings) as engine:
+    with timeline.recording() as record, loaded(model, settings) as engine:
         engine.record_timeline(record)
         stream = engine.stream(start, **wanted)
         for piece in stream:

@@ -22,6 +22,7 @@ from moespac.experts.runtime import ExpertRuntime
 from moespac.model.trunk import Trunk
 from moespac.speculate.drafters import Draft, Drafter
 from moespac.speculate.governor import FixedWindow, Governor
+from moespac.speculate.logprobs import TokenLogprob, token_logprobs
 from moespac.speculate.sampling import probabilities
 from moespac.speculate.verify import Verdict, verify_greedy, verify_sampled
 from moespac.timeline import Record
@@ -90,14 +91,14 @@ class Engine:
         tokens = sequence.accept(verdict.tokens)
         if sequence.finish_reason is None:
             self.runtime.plan(sequence.window([]))  # transfers hide behind the next draft
-        return StepResult(tokens, window.drafted, verdict.accepted)
+        return StepResult(tokens, window.drafted, verdict.accepted, _logprobs(sequence, tokens, logits))
 
     def _draft(self, sequence: Sequence) -> Draft:
         k = min(self._governor.choose(), sequence.room) if sequence.prefilled else 0
         if k <= 0:
             return Draft()
         with self.runtime.clock.measure("draft"):
-            return self.drafter.propose(sequence.tokens, k)
+            return sequence.drafter.propose(sequence.tokens, k)
 
     def _forward(self, sequence: Sequence, window: Window) -> torch.Tensor:
         """One pass over ``window``; logits (drafted + 1, vocabulary) of its last positions, on the CPU."""
@@ -118,8 +119,11 @@ class Engine:
         min_p: float = 0.0,
         seed: int = 0,
         stop: Tokens[str] = (),
+        top_logprobs: int | None = None,
     ) -> Stream:
         """Generate from a text or token ids; iterate over the pieces of text, then read ``.result``.
+
+        top_logprobs: have ``Stream.advance`` give log-probabilities, with so many alternatives to each token.
 
         Raises ConfigError for an empty prompt, one that fills the context, or settings out of range.
         """
@@ -132,6 +136,8 @@ class Engine:
         sequence = Sequence(
             self.trunk.new_cache(), tokens, max_new_tokens, self.context, self._eos(), sampling
         )
+        sequence.drafter = self.drafter
+        sequence.top_logprobs = top_logprobs
         return Stream(self, sequence, tuple(stop))
 
     def generate(self, prompt: str | Tokens[int], **settings: Any) -> Generation:
@@ -226,9 +232,26 @@ def _verify(sequence: Sequence, draft: Draft, logits: torch.Tensor) -> Verdict:
     return verify_sampled(draft.tokens, draft.probs, target, sequence.generator)
 
 
+def _logprobs(sequence: Sequence, tokens: list[int], logits: torch.Tensor) -> list[TokenLogprob] | None:
+    wanted = sequence.top_logprobs
+    return None if wanted is None else token_logprobs(tokens, logits, wanted)
+
+
 @dataclass(frozen=True)
 class StepResult:
     tokens: list[int]  # accepted drafts and the target's own token, cut at the end of text or the limit
+    drafted: int
+    accepted: int
+    logprobs: list[TokenLogprob] | None = None  # of each token, where the sequence wants them
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step of a stream brought."""
+
+    text: str  # whole characters; "" while a character or a stop string may still be completed
+    tokens: list[int]  # up to the one that completed a stop string
+    logprobs: list[TokenLogprob] | None
     drafted: int
     accepted: int
 
@@ -244,7 +267,10 @@ class Generation:
 
 
 class Stream:
-    """Pieces of text as they are generated; ``result`` is there once the iteration is over."""
+    """Pieces of text as they are generated; ``result`` is there once the iteration is over.
+
+    Several streams may take turns step by step, through ``advance``, if each has a drafter of its own.
+    """
 
     def __init__(self, engine: Engine, sequence: Sequence, stop: tuple[str, ...]) -> None:
         self._engine = engine
@@ -252,6 +278,7 @@ class Stream:
         decoder: Any = engine.tokenizer or _Silent()
         self._text = TextStream(decoder, stop)
         self._pieces: list[str] = []
+        self._meter: Meter | None = None
         self._result: Generation | None = None
         self._iterator = self._run()
 
@@ -262,40 +289,70 @@ class Stream:
         return next(self._iterator)
 
     @property
+    def done(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Why it ended, ``Generation.finish_reason``; None while it goes on."""
+        return self._sequence.finish_reason
+
+    @property
+    def drafter(self) -> Drafter:
+        """The engine's; may be set before the first step. A drafter follows one sequence at a time."""
+        return self._sequence.drafter
+
+    @drafter.setter
+    def drafter(self, drafter: Drafter) -> None:
+        assert self._meter is None, "the drafter has begun"
+        self._sequence.drafter = drafter
+
+    @property
     def result(self) -> Generation:
-        assert self._result is not None, "iterate to the end first"
+        assert self._result is not None, "iterate to the end, or close, first"
         return self._result
 
+    def advance(self) -> Piece:
+        """One step of the engine; call it until ``done``, then ``close``."""
+        engine, sequence = self._engine, self._sequence
+        if self._meter is None:
+            self._meter = Meter(engine.runtime)
+            sequence.drafter.begin(sequence.sampling, sequence.generator)
+        prefill, before = not sequence.prefilled, self._text.kept
+        step = engine.step(sequence)
+        if prefill:
+            self._meter.prefilled(len(step.tokens))
+            engine._say_if_it_cannot_speculate(sequence)
+        else:
+            self._meter.passed(step.drafted, step.accepted)
+        text = self._text.push(step.tokens)
+        kept = self._text.kept - before
+        if self._text.stopped:
+            sequence.finish_reason = "stop"
+            del sequence.tokens[sequence.prompt_tokens + self._text.kept :]
+        elif self.done:
+            text += self._text.flush()
+        self._pieces.append(text)
+        logprobs = None if step.logprobs is None else step.logprobs[:kept]
+        return Piece(text, step.tokens[:kept], logprobs, step.drafted, step.accepted)
+
     def close(self) -> None:
-        """End the request early; ``result`` then holds what there is."""
+        """End the request, early or not; ``result`` then holds what there is. Safe to call twice."""
         self._iterator.close()
+        self._end()
 
     def _run(self) -> Generator[str, None, None]:
-        engine, sequence = self._engine, self._sequence
-        meter = Meter(engine.runtime)
-        engine.drafter.begin(sequence.sampling, sequence.generator)
         try:
-            while sequence.finish_reason is None:
-                prefill = not sequence.prefilled
-                step = engine.step(sequence)
-                if prefill:
-                    meter.prefilled(len(step.tokens))
-                    engine._say_if_it_cannot_speculate(sequence)
-                else:
-                    meter.passed(step.drafted, step.accepted)
-                yield from self._emit(self._text.push(step.tokens))
-                if self._text.stopped:
-                    sequence.finish_reason = "stop"
-                    del sequence.tokens[sequence.prompt_tokens + self._text.kept :]
-            yield from self._emit(self._text.flush())
+            while not self.done:
+                if piece := self.advance().text:
+                    yield piece
         finally:
-            engine.runtime.abandon_pass()
-            self._result = self._finish(meter)
+            self._end()
 
-    def _emit(self, piece: str) -> Iterator[str]:
-        if piece:
-            self._pieces.append(piece)
-            yield piece
+    def _end(self) -> None:
+        if self._result is None:
+            self._engine.runtime.abandon_pass()
+            self._result = self._finish(self._meter or Meter(self._engine.runtime))
 
     def _finish(self, meter: Meter) -> Generation:
         engine, sequence = self._engine, self._sequence
@@ -307,7 +364,7 @@ class Stream:
             finish_reason=reason,
             prompt_tokens=sequence.prompt_tokens,
             policy=engine.runtime.policy.name,
-            drafter=engine.drafter.name,
+            drafter=sequence.drafter.name,
             window=engine.config.window if sequence.cache.rewinds else 0,
             exactness=exactness(engine, sequence.sampling),
             versions=versions(),

@@ -9,6 +9,7 @@ import torch
 
 from moespac.config import SamplingConfig
 from moespac.model.trunk import Cache
+from moespac.speculate.drafters import Drafter, NoDrafter
 from moespac.types import Window
 
 
@@ -34,6 +35,8 @@ class Sequence:
         self.cache = cache
         self.cached = 0
         self.finish_reason: str | None = None
+        self.drafter: Drafter = NoDrafter()
+        self.top_logprobs: int | None = None  # alternatives to each token; None: no log-probabilities at all
         self._limit = min(len(prompt) + max_new_tokens, context)
         self._limited_by = "length" if len(prompt) + max_new_tokens <= context else "context"
         self._eos = eos

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 
-import psutil
 import torch
 
+from moespac import host_memory
 from moespac.errors import ConfigError
 from moespac.types import ModelShape
 
@@ -61,7 +61,7 @@ def is_none(budget: str) -> bool:
 
 
 def available_host_bytes(share: float) -> int:
-    return int(psutil.virtual_memory().available * share)
+    return int(host_memory.free_bytes() * share)
 
 
 def available_device_bytes(device: torch.device, share: float) -> int:

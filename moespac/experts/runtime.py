@@ -53,6 +53,11 @@ class ExpertRuntime:
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
         self._weights: list[NDArray[np.float32]] = []  # the router's weights beside them, for the recorder
 
+    @property
+    def latest_routing(self) -> list[NDArray[np.int64]]:
+        """What the latest pass, or the one that runs, was routed to: (T, k) experts, a layer each; for show."""
+        return self._routing
+
     def plan(self, window: Window) -> None:
         """Decide what to fetch ahead of the pass that will run ``window``, and start fetching it."""
         with self.clock.measure("decide"):
@@ -142,11 +147,10 @@ class ExpertRuntime:
     def _count_hits(self, host: NDArray[np.int64], accelerator: NDArray[np.int64]) -> None:
         if self._window is not None and self._window.prefill:
             return
-        hits = int(self.memory.host.ready[host].sum())
+        self.stats.host.count(int(self.memory.host.ready[host].sum()), host.size)
         if self.memory.accelerator is not None:
-            hits += int(self.memory.accelerator.ready[accelerator].sum())
-        self.stats.hits += hits
-        self.stats.misses += host.size + accelerator.size - hits
+            hits = int(self.memory.accelerator.ready[accelerator].sum())
+            self.stats.accelerator.count(hits, accelerator.size)
 
     def _retention(self, layer: int) -> Retention:
         """The policy's eviction order while ``layer`` runs, computed when the first slot is needed."""

@@ -76,6 +76,11 @@ class Policy(ABC):
     def reveal(self, passes: Sequence[NDArray[np.int64]]) -> None:
         """Each pass to come as its routing (layers, T, k)."""
 
+    @property
+    def levels(self) -> NDArray[np.int8] | None:
+        """Utility levels (layers, experts), 0 to the method's highest, to be looked at; None: it has none."""
+        return None
+
     def load_profile(self, path: Path) -> None:
         """Start from what an earlier run learned. By default nothing is kept."""
 

@@ -8,8 +8,11 @@ there learns, window by window, what the product misses. Ours; what it is worth 
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from moespac.config import ContextConfig
 from moespac.types import ModelShape
@@ -80,8 +83,9 @@ class Context:
         weighted = features * tokens[:, None].astype(np.float32)
         self._gram += weighted.T @ features
         self._moments += weighted.T @ missed
-        self._turn(roots)
-        self._solve()
+        with _blas().limit(limits=1):  # matrices this small wait longer for a second thread than they take
+            self._turn(roots)
+            self._solve()
 
     def _turn(self, roots: NDArray[np.float32]) -> None:
         """Let the basis follow the principal directions of all ``roots`` (block, width) seen, of which it is a
@@ -105,3 +109,9 @@ class Context:
     def _solve(self) -> None:
         ridge = self._config.ridge * np.eye(len(self._gram))
         self._weights = np.linalg.inv(self._gram + ridge).astype(np.float32) @ self._moments
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    """numpy's linear algebra; looking for its library takes milliseconds."""
+    return ThreadpoolController()

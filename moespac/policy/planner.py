@@ -110,6 +110,10 @@ class MoeSpacPolicy(Policy):
             self._expect(self._demand.rate(), 1)
         self._planned = False
 
+    @property
+    def levels(self) -> NDArray[np.int8]:
+        return self._utility.levels
+
     def save_profile(self, path: Path, model: str = "") -> None:
         """Keep what was learned; ``model`` may name the checkpoint beyond its shape."""
         profile.save(path, self._demand, model)

@@ -70,12 +70,32 @@ class _Measured:
 
 
 @dataclass
+class TierStats:
+    """Of the experts that were placed on one tier's device."""
+
+    hits: int = 0  # active (layer, expert) pairs that were resident there
+    misses: int = 0
+
+    def count(self, hits: int, active: int) -> None:
+        self.hits += hits
+        self.misses += active - hits
+
+
+@dataclass
 class ExpertStats:
     """Counts over the decode passes (a prefill touches nearly every expert and would drown them)."""
 
-    hits: int = 0  # active (layer, expert) pairs that were resident where they were computed
-    misses: int = 0
+    host: TierStats = field(default_factory=TierStats)
+    accelerator: TierStats = field(default_factory=TierStats)
     passes: int = 0
+
+    @property
+    def hits(self) -> int:
+        return self.host.hits + self.accelerator.hits
+
+    @property
+    def misses(self) -> int:
+        return self.host.misses + self.accelerator.misses
 
     @property
     def hit_rate(self) -> float | None:

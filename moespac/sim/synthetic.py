@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from moespac.config import SyntheticConfig
 from moespac.errors import ConfigError
+from moespac.trace.schema import Trace, compact
 from moespac.types import ModelShape
 
 Logits = NDArray[np.float32]  # (layers, experts)
@@ -28,6 +29,23 @@ class SyntheticRouting(NamedTuple):
     probs: NDArray[np.float16]  # (N, layers, k), summing to 1 over k
     offsets: NDArray[np.int64]  # (sequences + 1,) where each sequence begins
     tokens: NDArray[np.int32]  # (N,) the token fed at each step
+
+    def to_trace(self, experts: int, source: str) -> Trace:
+        """Each token a pass of its own, without drafts; sequences are "text 1", "text 2" ..."""
+        count = len(self.tokens)
+        return Trace(
+            experts=experts,
+            tokens=self.tokens,
+            routing=compact(self.experts, experts),
+            weights=None,
+            pass_offsets=np.arange(count + 1),
+            drafted=np.zeros(count, np.int32),
+            accepted=np.zeros(count, np.int32),
+            prefill=np.zeros(count, np.bool_),
+            sequence_offsets=self.offsets,
+            categories=tuple(f"text {number}" for number in range(1, len(self.offsets))),
+            source=source,
+        )
 
 
 def synthetic_routing(

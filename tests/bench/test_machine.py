@@ -107,7 +107,7 @@ def test_storage_is_read_and_nothing_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool
 ) -> None:
     if not direct:
-        monkeypatch.setattr(storage_probe, "_reopen_direct", lambda fd: None)
+        monkeypatch.setattr(storage_probe, "reopen_direct", lambda fd: None)
     advanced: list[int] = []
     speed = measure_storage(tmp_path, TINY, lambda: advanced.append(1))
     assert set(speed.rates) == {(block, depth) for block in TINY.block_bytes for depth in TINY.depths}
@@ -121,7 +121,7 @@ def test_nothing_stays_when_reading_fails(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(*args: object) -> float:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(storage_probe, "_read_rate", fail)
+    monkeypatch.setattr(storage_probe, "read_rate", fail)
     with pytest.raises(ConfigError, match="Input/output error"):
         measure_storage(tmp_path, TINY, nothing)
     assert not list(tmp_path.iterdir())
@@ -142,7 +142,7 @@ def test_expert_records_take_turns() -> None:
     x = torch.ones(2, 64)
     first = probe.run(x)
     assert first.shape == (2, 64) and first.abs().sum() > 0
-    assert len({next(probe._records).data_ptr() for _ in range(20)}) == -(-50_000 // 8192)
+    assert len({next(probe._turns) for _ in range(20)}) == probe._records.shape[0] == -(-50_000 // 8192)
     assert torch.equal(probe.run(x), first)
 
 

@@ -100,7 +100,7 @@ class HostKernel:
         assert x.shape[1] == self._hidden and out.shape == (tokens * top_k, self._hidden)
         assert arena.shape[1] == self._record_bytes and arena.is_contiguous() and arena.data_ptr() % 64 == 0
         assert begins.shape == counts.shape == (jobs,)
-        seconds = np.empty(jobs)
+        seconds = torch.empty(jobs, dtype=torch.float64)
         failed = self._run(
             self._kernel,
             x.data_ptr(),
@@ -114,11 +114,11 @@ class HostKernel:
             _address(begins),
             _address(counts),
             out.data_ptr(),
-            seconds.__array_interface__["data"][0],
+            seconds.data_ptr(),
         )
         if failed:
             raise MemoryError("no memory for the activations of a pass")
-        return seconds
+        return seconds.numpy()
 
     def join(self, x: torch.Tensor, weights: torch.Tensor, top_k: int) -> torch.Tensor:
         """x (T * k, hidden), weights (T, k), both float32 and contiguous -> (T, hidden), weighted sums."""
@@ -132,7 +132,7 @@ class HostKernel:
 
 def _address(array: NDArray[np.int64]) -> int:
     assert array.dtype == np.int64 and array.flags.c_contiguous
-    return array.__array_interface__["data"][0]  # four times as fast as array.ctypes.data
+    return torch.from_numpy(array).data_ptr()  # several times as fast as numpy's own ways
 
 
 def _unserved(prototype: nn.Module, layout: RecordLayout) -> str | None:

@@ -1,8 +1,8 @@
 /* The arithmetic of experts, written once and compiled for each instruction set.
  *
  * A matrix is taken four rows at a time, so that one load of an activation serves four weights, and 256 columns
- * (a block) at a time. Weights become float vectors, or int16 vectors where they are quantised; beyond a few
- * tokens that is done once for all of them, in a buffer that stays in the nearest cache.
+ * (a block) at a time. Weights become float vectors, or int16 vectors where they are quantised, while the same part of
+ * the next four rows is fetched from memory: read in that order, memory is as fast as it gets.
  *
  * Quantised weights meet 16-bit activations, one scale a block: products and their sum over a block are exact
  * integers, then added up as floats. An int4 weight is scale * q + minimum with two row factors; scale * q fits 12
@@ -20,6 +20,7 @@
 
 enum {
     ROWS = 4,
+    MOST = 4, /* rows or tokens in registers at once */
     BLOCK = 256, /* columns: their products with int4's 12-bit weights just fit the sums' 32 bits, see INT4_MAX */
     GROUP = 32,  /* columns of one int4 scale */
     SHORTS = 2 * LANES,         /* int16 in a vector */
@@ -28,21 +29,18 @@ enum {
     INT4_ACTIVATION = 16383     /* 15 * 255 * 16383 * (256 columns / 8 lanes) < 2^31 */
 };
 
-/* How the weights of a plane are stored: one of the formats, or int16 after conversion. */
-enum { PLANE_F32 = FORMAT_F32, PLANE_BF16, PLANE_F16, PLANE_INT8, PLANE_INT4, PLANE_INT16 };
-
 INLINE int64_t align_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t groups_of(int64_t columns) { return (columns + GROUP - 1) / GROUP; }
 INLINE int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
-INLINE int is_float(int kind) { return kind <= PLANE_F16; }
+INLINE int is_float(int format) { return format <= FORMAT_F16; }
 
 /* Bytes that `columns` weights take in a row. */
-INLINE int64_t bytes_of(int kind, int64_t columns) {
-    switch (kind) {
-    case PLANE_F32: return 4 * columns;
-    case PLANE_BF16: case PLANE_F16: case PLANE_INT16: return 2 * columns;
-    case PLANE_INT4: return groups_of(columns) * (GROUP / 2);
+INLINE int64_t bytes_of(int format, int64_t columns) {
+    switch (format) {
+    case FORMAT_F32: return 4 * columns;
+    case FORMAT_BF16: case FORMAT_F16: return 2 * columns;
+    case FORMAT_INT4: return groups_of(columns) * (GROUP / 2);
     default: return columns;
     }
 }
@@ -149,114 +147,128 @@ typedef struct {
     const char *values[ROWS];
     const uint8_t *scales[ROWS];
     int64_t columns; /* a multiple of GROUP */
+    const char *next; /* as many bytes of the rows after these: to be fetched meanwhile */
 } Tile;
 
-INLINE vf load_floats(const int kind, const char *row, int64_t k) {
-    switch (kind) {
-    case PLANE_BF16: return vf_of_bf16(row + 2 * k);
-    case PLANE_F16: return vf_of_f16(row + 2 * k);
+INLINE vf load_floats(const int format, const char *row, int64_t k) {
+    switch (format) {
+    case FORMAT_BF16: return vf_of_bf16(row + 2 * k);
+    case FORMAT_F16: return vf_of_f16(row + 2 * k);
     default: return vf_load(row + 4 * k);
     }
 }
 
-INLINE void load_shorts(const int kind, const char *row, const uint8_t *scales, int64_t k, vs w[VECTORS]) {
-    if (kind == PLANE_INT4) {
+INLINE void load_shorts(const int format, const char *row, const uint8_t *scales, int64_t k, vs w[VECTORS]) {
+    if (format == FORMAT_INT4) {
         vs_of_nibbles((const uint8_t *)row + k / 2, scales[k / GROUP], w);
         return;
     }
     for (int v = 0; v < VECTORS; v++)
-        w[v] = kind == PLANE_INT8 ? vs_of_int8(row + k + v * SHORTS) : vs_load(row + 2 * (k + v * SHORTS));
+        w[v] = vs_of_int8(row + k + v * SHORTS);
 }
 
-/* sums[t][r] += weights[r] * x[t] over the tile's columns, for `count` (a constant) tokens. */
-INLINE void add_floats(const int kind, const Tile *tile, const char *const *x, int64_t at, vf *sums, const int count) {
-    vf acc[TOKENS_AT_ONCE][ROWS];
-    for (int t = 0; t < count; t++)
-        for (int r = 0; r < ROWS; r++) acc[t][r] = sums[t * ROWS + r];
+/* Which of a tile's rows and how many tokens are in registers at once: eight sums, and what they are made of. */
+typedef struct {
+    int first, rows, tokens;
+    int leads; /* the first to meet these weights */
+} Grip;
+
+/* Fetch what the next tile has in place of the columns k ... k + n - 1 of this grip's rows, in the order of memory. */
+INLINE void prefetch(const int format, const Grip grip, const Tile *tile, int64_t k, const int n) {
+    const char *from = tile->next + grip.first * bytes_of(format, tile->columns) + grip.rows * bytes_of(format, k);
+    if (grip.leads && format != FORMAT_F32) /* whose four rows, 32 KiB, would push out what is needed sooner */
+        for (int i = 0; i < grip.rows * bytes_of(format, n); i += 64) __builtin_prefetch(from + i);
+}
+
+/* sums[t][r] += weights[r] * x[t] over the tile's columns. `grip` is a constant. */
+INLINE void add_floats(const int format, const Grip grip, const Tile *tile, const char *const *x, int64_t at, vf *sums) {
+    vf acc[MOST][MOST];
+    for (int t = 0; t < grip.tokens; t++)
+        for (int r = 0; r < grip.rows; r++) acc[t][r] = sums[t * ROWS + grip.first + r];
     for (int64_t k = 0; k < tile->columns; k += LANES) {
-        vf values[TOKENS_AT_ONCE];
-        for (int t = 0; t < count; t++) values[t] = vf_load(x[t] + 4 * (at + k));
-        for (int r = 0; r < ROWS; r++) {
-            vf w = load_floats(kind, tile->values[r], k);
-            for (int t = 0; t < count; t++) acc[t][r] = vf_fma(w, values[t], acc[t][r]);
+        vf w[MOST];
+        prefetch(format, grip, tile, k, LANES);
+        for (int r = 0; r < grip.rows; r++) w[r] = load_floats(format, tile->values[grip.first + r], k);
+        for (int t = 0; t < grip.tokens; t++) {
+            vf value = vf_load(x[t] + 4 * (at + k));
+            for (int r = 0; r < grip.rows; r++) acc[t][r] = vf_fma(w[r], value, acc[t][r]);
         }
     }
-    for (int t = 0; t < count; t++)
-        for (int r = 0; r < ROWS; r++) sums[t * ROWS + r] = acc[t][r];
+    for (int t = 0; t < grip.tokens; t++)
+        for (int r = 0; r < grip.rows; r++) sums[t * ROWS + grip.first + r] = acc[t][r];
 }
 
-INLINE void add_integers(const int kind, const Tile *tile, const char *const *x, int64_t at, int64_t scales_at,
-                         vf *sums, const int count) {
-    vi acc[TOKENS_AT_ONCE][ROWS];
-    for (int t = 0; t < count; t++)
-        for (int r = 0; r < ROWS; r++) acc[t][r] = vi_zero();
+INLINE void add_integers(const int format, const Grip grip, const Tile *tile, const char *const *x, int64_t at,
+                         int64_t scales_at, vf *sums) {
+    vi acc[MOST][MOST];
+    for (int t = 0; t < grip.tokens; t++)
+        for (int r = 0; r < grip.rows; r++) acc[t][r] = vi_zero();
     for (int64_t k = 0; k < tile->columns; k += GROUP) {
-        vs values[TOKENS_AT_ONCE][VECTORS];
-        for (int t = 0; t < count; t++)
-            for (int v = 0; v < VECTORS; v++) values[t][v] = vs_load(x[t] + 2 * (at + k + v * SHORTS));
-        for (int r = 0; r < ROWS; r++) {
-            vs w[VECTORS];
-            load_shorts(kind, tile->values[r], tile->scales[r], k, w);
-            for (int t = 0; t < count; t++)
-                for (int v = 0; v < VECTORS; v++) acc[t][r] = vi_dot(acc[t][r], w[v], values[t][v]);
+        const char *const *values = tile->values + grip.first;
+        prefetch(format, grip, tile, k, GROUP);
+        const uint8_t *const *scales = tile->scales + grip.first;
+        if (grip.rows > grip.tokens) { /* keep the few in registers, and load the many one by one */
+            vs value[MOST][VECTORS];
+            for (int t = 0; t < grip.tokens; t++)
+                for (int v = 0; v < VECTORS; v++) value[t][v] = vs_load(x[t] + 2 * (at + k + v * SHORTS));
+            for (int r = 0; r < grip.rows; r++) {
+                vs w[VECTORS];
+                load_shorts(format, values[r], scales[r], k, w);
+                for (int t = 0; t < grip.tokens; t++)
+                    for (int v = 0; v < VECTORS; v++) acc[t][r] = vi_dot(acc[t][r], w[v], value[t][v]);
+            }
+        } else {
+            vs w[MOST][VECTORS];
+            for (int r = 0; r < grip.rows; r++) load_shorts(format, values[r], scales[r], k, w[r]);
+            for (int t = 0; t < grip.tokens; t++)
+                for (int v = 0; v < VECTORS; v++) {
+                    vs value = vs_load(x[t] + 2 * (at + k + v * SHORTS));
+                    for (int r = 0; r < grip.rows; r++) acc[t][r] = vi_dot(acc[t][r], w[r][v], value);
+                }
         }
     }
-    for (int t = 0; t < count; t++) {
+    for (int t = 0; t < grip.tokens; t++) {
         float scale;
         memcpy(&scale, x[t] + scales_at, 4);
-        for (int r = 0; r < ROWS; r++) sums[t * ROWS + r] = vf_scaled(acc[t][r], scale, sums[t * ROWS + r]);
-    }
-}
-
-INLINE void add_some(const int kind, const Tile *tile, const char *const *x, int64_t at, int64_t scales_at, vf *sums,
-                     const int count) {
-    if (is_float(kind)) add_floats(kind, tile, x, at, sums, count);
-    else add_integers(kind, tile, x, at, scales_at, sums, count);
-}
-
-INLINE void add_tokens(const int kind, const Tile *tile, const char *const *x, int64_t at, int64_t scales_at,
-                       int tokens, vf *sums) {
-    int t = 0;
-    for (; t + TOKENS_AT_ONCE <= tokens; t += TOKENS_AT_ONCE)
-        add_some(kind, tile, x + t, at, scales_at, sums + t * ROWS, TOKENS_AT_ONCE);
-    for (; t < tokens; t++) add_some(kind, tile, x + t, at, scales_at, sums + t * ROWS, 1);
-}
-
-/* The same after converting the weights once. */
-INLINE void add_tokens_converted(const int kind, const Tile *tile, const char *const *x, int64_t at,
-                                 int64_t scales_at, int tokens, vf *sums) {
-    char buffer[ROWS][4 * BLOCK] __attribute__((aligned(64)));
-    Tile converted = {.columns = tile->columns};
-    for (int r = 0; r < ROWS; r++) {
-        converted.values[r] = buffer[r];
-        converted.scales[r] = NULL;
-        if (is_float(kind)) {
-            for (int64_t k = 0; k < tile->columns; k += LANES)
-                vf_store((float *)buffer[r] + k, load_floats(kind, tile->values[r], k));
-        } else {
-            for (int64_t k = 0; k < tile->columns; k += GROUP) {
-                vs w[VECTORS];
-                load_shorts(kind, tile->values[r], tile->scales[r], k, w);
-                for (int v = 0; v < VECTORS; v++) vs_store((int16_t *)buffer[r] + k + v * SHORTS, w[v]);
-            }
+        for (int r = 0; r < grip.rows; r++) {
+            vf *sum = &sums[t * ROWS + grip.first + r];
+            *sum = vf_scaled(acc[t][r], scale, *sum);
         }
     }
-    add_tokens(is_float(kind) ? PLANE_F32 : PLANE_INT16, &converted, x, at, scales_at, tokens, sums);
 }
 
-INLINE void add_tile(const int kind, const Tile *tile, const char *const *x, int64_t at, int64_t scales_at, int tokens,
+INLINE void add_grip(const int format, const Grip grip, const Tile *tile, const char *const *x, int64_t at,
+                     int64_t scales_at, vf *sums) {
+    if (is_float(format)) add_floats(format, grip, tile, x, at, sums);
+    else add_integers(format, grip, tile, x, at, scales_at, sums);
+}
+
+/* Adds the first four, two or one of the tokens; -> how many. Four share the cost of converting the weights; float32
+ * has none, and rather shares each activation between four rows. */
+INLINE int add_first(const int format, const int leads, const Tile *tile, const char *const *x, int64_t at,
+                     int64_t scales_at, int tokens, vf *sums) {
+    if (tokens >= 4 && format != FORMAT_F32) {
+        add_grip(format, (Grip){0, 2, 4, leads}, tile, x, at, scales_at, sums);
+        add_grip(format, (Grip){2, 2, 4, leads}, tile, x, at, scales_at, sums);
+        return 4;
+    }
+    if (tokens >= 2) {
+        add_grip(format, (Grip){0, 4, 2, leads}, tile, x, at, scales_at, sums);
+        return 2;
+    }
+    add_grip(format, (Grip){0, 4, 1, leads}, tile, x, at, scales_at, sums);
+    return 1;
+}
+
+INLINE void add_tile(const int format, const Tile *tile, const char *const *x, int64_t at, int64_t scales_at, int tokens,
                      vf *sums) {
-    if (kind == PLANE_F32 || tokens <= TOKENS_AT_ONCE) add_tokens(kind, tile, x, at, scales_at, tokens, sums);
-    else add_tokens_converted(kind, tile, x, at, scales_at, tokens, sums);
-}
-
-INLINE void prefetch(const char *from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 3);
+    int t = add_first(format, 1, tile, x, at, scales_at, tokens, sums);
+    while (t < tokens) t += add_first(format, 0, tile, x + t, at, scales_at, tokens - t, sums + t * ROWS);
 }
 
 /* sums[t][r] = the products of rows `row` ... `row` + 3 with each token, still spread over lanes. Past the last row
  * the last one is taken again. */
-INLINE void plane_sums(const int kind, const Plane *plane, int64_t row, const char *const *prepared, int tokens,
+INLINE void plane_sums(const int format, const Plane *plane, int64_t row, const char *const *prepared, int tokens,
                        vf *sums) {
     const char *x[MAX_TOKENS];
     for (int t = 0; t < tokens; t++) x[t] = prepared[t] + plane->activations;
@@ -264,42 +276,43 @@ INLINE void plane_sums(const int kind, const Plane *plane, int64_t row, const ch
     for (int64_t start = 0; start < plane->columns; start += BLOCK) {
         int64_t n = least(BLOCK, plane->columns - start), whole = n / GROUP * GROUP;
         int64_t scales_at = 2 * align_up(plane->columns, PAD) + 4 * (start / BLOCK);
-        Tile tile = {.columns = whole};
+        Tile tile = {.columns = whole,
+                     .next = plane->values + (row + ROWS) * plane->stride + ROWS * bytes_of(format, start)};
         for (int r = 0; r < ROWS; r++) {
             int64_t from = least(row + r, plane->rows - 1);
-            tile.values[r] = plane->values + from * plane->stride + bytes_of(kind, start);
+            tile.values[r] = plane->values + from * plane->stride + bytes_of(format, start);
             tile.scales[r] = plane->scales ? plane->scales + (from * plane->columns + start) / GROUP : NULL;
-            prefetch(tile.values[r] + ROWS * plane->stride, bytes_of(kind, n));
         }
-        if (whole) add_tile(kind, &tile, x, start, scales_at, tokens, sums);
+        if (whole) add_tile(format, &tile, x, start, scales_at, tokens, sums);
         if (n == whole) continue;
         char rest[ROWS][4 * GROUP]; /* reading past a row's end could leave the record */
         memset(rest, 0, sizeof rest);
         for (int r = 0; r < ROWS; r++) {
-            memcpy(rest[r], tile.values[r] + bytes_of(kind, whole), (size_t)bytes_of(kind, n - whole));
+            memcpy(rest[r], tile.values[r] + bytes_of(format, whole), (size_t)bytes_of(format, n - whole));
             tile.values[r] = rest[r];
         }
         tile.columns = GROUP;
-        add_tokens(kind, &tile, x, start + whole, scales_at, tokens, sums);
+        tile.next = rest[0];
+        add_tile(format, &tile, x, start + whole, scales_at, tokens, sums);
     }
 }
 
-static void plane_sums_of(int kind, const Plane *plane, int64_t row, const char *const *prepared, int tokens,
+static void plane_sums_of(int format, const Plane *plane, int64_t row, const char *const *prepared, int tokens,
                           vf *sums) {
-    switch (kind) {
-    case PLANE_F32: plane_sums(PLANE_F32, plane, row, prepared, tokens, sums); break;
-    case PLANE_BF16: plane_sums(PLANE_BF16, plane, row, prepared, tokens, sums); break;
-    case PLANE_F16: plane_sums(PLANE_F16, plane, row, prepared, tokens, sums); break;
-    case PLANE_INT8: plane_sums(PLANE_INT8, plane, row, prepared, tokens, sums); break;
-    default: plane_sums(PLANE_INT4, plane, row, prepared, tokens, sums); break;
+    switch (format) {
+    case FORMAT_F32: plane_sums(FORMAT_F32, plane, row, prepared, tokens, sums); break;
+    case FORMAT_BF16: plane_sums(FORMAT_BF16, plane, row, prepared, tokens, sums); break;
+    case FORMAT_F16: plane_sums(FORMAT_F16, plane, row, prepared, tokens, sums); break;
+    case FORMAT_INT8: plane_sums(FORMAT_INT8, plane, row, prepared, tokens, sums); break;
+    default: plane_sums(FORMAT_INT4, plane, row, prepared, tokens, sums); break;
     }
 }
 
 /* totals[t][r] += factor[r] * the rows' products. */
-static void add_plane(int kind, const Plane *plane, int64_t row, const float factors[ROWS],
+static void add_plane(int format, const Plane *plane, int64_t row, const float factors[ROWS],
                       const char *const *prepared, int tokens, float totals[][ROWS]) {
     vf sums[MAX_TOKENS * ROWS];
-    plane_sums_of(kind, plane, row, prepared, tokens, sums);
+    plane_sums_of(format, plane, row, prepared, tokens, sums);
     for (int t = 0; t < tokens; t++) {
         float products[ROWS];
         vf_sum4(sums + t * ROWS, products);
@@ -324,12 +337,12 @@ static float bias_at(const Matrix *matrix, const char *record, int64_t row) {
 
 static void multiply(const Matrix *matrix, const char *record, const char *const *prepared, int tokens,
                      float *const *out) {
-    int kind = matrix->format, is_int4 = kind == FORMAT_INT4;
+    int format = matrix->format, is_int4 = format == FORMAT_INT4;
     int64_t rows = matrix->rows, columns = matrix->columns, groups = groups_of(columns);
     Plane values = {.rows = rows,
                     .columns = is_int4 ? groups * GROUP : columns,
                     .values = record + matrix->values,
-                    .stride = bytes_of(kind, columns),
+                    .stride = bytes_of(format, columns),
                     .scales = is_int4 ? (const uint8_t *)record + matrix->scales : NULL};
     Plane minima = {.rows = rows,
                     .columns = groups,
@@ -341,13 +354,13 @@ static void multiply(const Matrix *matrix, const char *record, const char *const
         int64_t present = least(ROWS, rows - row);
         float totals[MAX_TOKENS][ROWS], factors[ROWS] = {0}, minimum_factors[ROWS] = {0}, bias[ROWS] = {0};
         for (int64_t r = 0; r < present; r++) {
-            factors[r] = is_float(kind) ? 1.0f : row_scales[is_int4 ? 2 * (row + r) : row + r];
+            factors[r] = is_float(format) ? 1.0f : row_scales[is_int4 ? 2 * (row + r) : row + r];
             minimum_factors[r] = is_int4 ? row_scales[2 * (row + r) + 1] : 0.0f;
             bias[r] = matrix->bias < 0 ? 0.0f : bias_at(matrix, record, row + r);
         }
         for (int t = 0; t < tokens; t++) memcpy(totals[t], bias, sizeof bias);
-        add_plane(kind, &values, row, factors, prepared, tokens, totals);
-        if (is_int4) add_plane(PLANE_INT8, &minima, row, minimum_factors, prepared, tokens, totals);
+        add_plane(format, &values, row, factors, prepared, tokens, totals);
+        if (is_int4) add_plane(FORMAT_INT8, &minima, row, minimum_factors, prepared, tokens, totals);
         for (int t = 0; t < tokens; t++) memcpy(out[t] + row, totals[t], (size_t)(4 * present));
     }
 }

@@ -2,7 +2,6 @@
 #include <immintrin.h>
 
 #define LANES 8
-#define TOKENS_AT_ONCE 2
 
 typedef __m256 vf;
 typedef __m256i vi, vs;
@@ -28,9 +27,8 @@ INLINE vs vs_load(const void *p) { return _mm256_loadu_si256(p); }
 INLINE void vs_store(int16_t *p, vs a) { _mm256_storeu_si256((void *)p, a); }
 INLINE vs vs_of_int8(const void *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(p)); }
 INLINE void vs_of_nibbles(const uint8_t *p, uint8_t scale, vs w[2]) {
-    const __m128i low = _mm_set1_epi8(15);
-    __m128i bytes = _mm_loadu_si128((const void *)p);
-    __m256i factor = _mm256_set1_epi16(scale);
-    w[0] = _mm256_mullo_epi16(_mm256_cvtepu8_epi16(_mm_and_si128(bytes, low)), factor);
-    w[1] = _mm256_mullo_epi16(_mm256_cvtepu8_epi16(_mm_and_si128(_mm_srli_epi16(bytes, 4), low)), factor);
+    /* The scale as bytes times pairs (q, 0): a byte is broadcast from memory, a short is not. */
+    __m256i factor = _mm256_set1_epi8((char)scale), words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p));
+    w[0] = _mm256_maddubs_epi16(factor, _mm256_and_si256(words, _mm256_set1_epi16(15)));
+    w[1] = _mm256_maddubs_epi16(factor, _mm256_srli_epi16(words, 4));
 }

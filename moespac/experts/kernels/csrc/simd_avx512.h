@@ -2,7 +2,6 @@
 #include <immintrin.h>
 
 #define LANES 16
-#define TOKENS_AT_ONCE 4
 
 typedef __m512 vf;
 typedef __m512i vi, vs;

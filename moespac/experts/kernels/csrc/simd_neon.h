@@ -2,7 +2,6 @@
 #include <arm_neon.h>
 
 #define LANES 8
-#define TOKENS_AT_ONCE 2
 
 typedef float32x4x2_t vf;
 typedef int32x4x2_t vi;

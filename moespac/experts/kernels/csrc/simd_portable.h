@@ -1,6 +1,5 @@
 /* Vectors of 8 floats, 8 int32 and 16 int16 in plain C; the compiler makes of them what the machine has. */
 #define LANES 8
-#define TOKENS_AT_ONCE 2
 
 typedef struct { float v[8]; } vf;
 typedef struct { int32_t v[8]; } vi;

@@ -1,0 +1,1 @@
+"""EXAMINE this machine: what there is, what is slow, and how to mend it."""

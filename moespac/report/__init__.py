@@ -1,0 +1,1 @@
+"""REPORT: runs that were written as JSON, side by side."""
