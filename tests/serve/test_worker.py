@@ -161,7 +161,7 @@ def test_live_is_what_the_engine_is(engine) -> None:
             assert 4 <= used <= 32, "top-4 of each layer at least"
         assert seen["active"] == 1 and seen["tokens_per_second"] > 0 and 0 < seen["hit_rate"] <= 1
         lanes = {span[0] for span in seen["spans"]}
-        assert {"draft", "trunk", "host experts", "decide"} <= lanes
+        assert {"trunk", "host experts", "decide"} <= lanes  # drafting is the governor's to choose
         assert sum(span[1] == "verify" for span in seen["spans"]) == 4
         running.close()
         server.settled()
