@@ -18,7 +18,8 @@ class MemoryConfig:
         0.7  # of what is free, in auto: the KV cache, activations and other programs need the rest
     )
     readers: int = 4  # storage reads at once: 4-8 reach the disk's bandwidth, more do not (docs/log.md)
-    queue_depth: int = 8  # prefetches in flight: twice the readers keeps them busy between two layers
+    read_ahead: int = 2  # reads in flight before more are prefetched: the disk is busy, a miss waits for few
+    queue_depth: int = 8  # copies to the accelerator in flight: one copies, the others wait their turn
     read_retries: int = 2  # a read that fails is tried this often again before StorageError
     asynchronous: bool = True  # False: the synchronous twin, every transfer completes where it is issued
 

@@ -86,7 +86,7 @@ class ExpertMemory:
         if self.accelerator is not None:
             self._pump_accelerator(self.accelerator, retention)
         queue = self._ahead["host"]
-        while queue and self._in_flight("host") < self._config.queue_depth:
+        while queue and self._in_flight("host") < self._config.read_ahead:
             expert = queue.popleft()
             if not self._held(self.host, expert):
                 self._read(expert, retention, speculative=True)
@@ -230,7 +230,7 @@ class ExpertMemory:
             if self.host.ready[expert]:
                 self._copy(expert, retention, speculative=True)
             elif self.host.filling[expert] or (
-                self._in_flight("host") < self._config.queue_depth
+                self._in_flight("host") < self._config.read_ahead
                 and self._read(expert, retention, speculative=True)
             ):
                 later.append(expert)
