@@ -78,7 +78,7 @@ def evaluate(
 ) -> None:
     """Perplexity of a model on a text, with --against how much quantised experts cost; or a harness's tasks.
 
-    --tasks runs lm-evaluation-harness over the engine (pip install 'moespac[eval]').
+    --tasks runs lm-evaluation-harness over the engine; it comes with the extra "eval".
     """
     if (text is None) == (tasks.tasks is None):
         raise ConfigError(

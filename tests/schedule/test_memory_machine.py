@@ -27,12 +27,12 @@ def hold_copies(accelerator: Accelerator, gate: threading.Event) -> None:
     """Every copy over the link waits for ``gate`` before it looks at its source."""
     submit = accelerator.link.submit
 
-    def submit_behind_gate(job, *priority):
+    def submit_behind_gate(name, job, *priority):
         def gated() -> None:
             gate.wait()
             job()
 
-        return submit(gated, *priority)
+        return submit(name, gated, *priority)
 
     accelerator.link.submit = submit_behind_gate
 

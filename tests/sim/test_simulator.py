@@ -67,9 +67,9 @@ def test_a_pass_by_hand() -> None:
     result = run(
         Scripted(SETTING.capacity, prompt + split), trace, replace(SETTING, window=0), [0], timeline.record
     )
-    # 8 experts are loaded in two rounds of 4 reads: 2 s of latency, 8 s of bytes. The prompt's pass takes twice
+    # 8 experts are loaded in four rounds of 2 reads: 4 s of latency, 8 s of bytes. The prompt's pass takes twice
     # 1 s of trunk and 2 experts of 1 s.
-    start = 2 * (2 + 8) + 2 * (1 + 2)
+    start = 2 * (4 + 8) + 2 * (1 + 2)
     shown = [
         (e.lane, e.name, round(e.start - start, 6), round(e.duration, 6))
         for e in timeline.events
