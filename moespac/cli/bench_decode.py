@@ -122,8 +122,8 @@ def decode(
 ) -> None:
     """Tokens a second of this engine, its baselines, llama.cpp and transformers, in turn, under one memory limit.
 
-    The model is the embedded pair with wider experts. Peers come with the extra "bench". Close what else is running.
-    Ctrl-C keeps the runs so far.
+    The model is the embedded pair with wider experts. Peers come with the extra "bench". Close what else is
+    running. Ctrl-C keeps the runs so far.
     """
     from moespac.bench.decode.records import read_records
 

@@ -60,6 +60,8 @@ class ExpertRuntime:
 
     def plan(self, window: Window) -> None:
         """Decide what to fetch ahead of the pass that will run ``window``, and start fetching it."""
+        if self.memory.all_at_hand:
+            return
         with self.clock.measure("decide"):
             self.memory.settle()
             self.memory.follow(self.policy.plan(window, self.memory.residency))
@@ -138,9 +140,13 @@ class ExpertRuntime:
             self._observe(Window(np.full(tokens, UNKNOWN_TOKEN, dtype=np.int64)), accepted=0)
 
     def _observe(self, window: Window, accepted: int) -> None:
+        idle = self.memory.all_at_hand
+        if idle and self.recorder is None:
+            return
         weights = np.stack(self._weights) if self._weights else None
         observation = Observation(window, np.stack(self._routing), accepted, weights)
-        self.policy.observe(observation)
+        if not idle:
+            self.policy.observe(observation)
         if self.recorder is not None:
             self.recorder(observation)
 

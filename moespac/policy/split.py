@@ -54,6 +54,8 @@ def place_by_finish(
     seconds; None: only this layer counts.
     """
     active = np.flatnonzero(counts)
+    if not residency.capacity.accelerator and residency.host[layer, active].all():
+        return Placement(layer * len(counts) + active)
     tokens, states = counts[active], _states(layer, active, residency)
     ids = layer * len(counts) + active
     missed = states >= State.HOST

@@ -159,7 +159,9 @@ class LayerRun:
         """All that are ready; but while others wait for a slot, only as many as run at once, to release theirs."""
         most = self._devices.host_threads if side.missing else len(side.ready)
         experts = list(islice(side.ready, most))
-        names = " ".join(expert_name(expert, len(self._counts)) for expert in experts)
+        names = None
+        if self._clock.tape.record is not None:
+            names = " ".join(expert_name(expert, len(self._counts)) for expert in experts)
         copying = self._memory.copying
         with self._clock.measure("host_experts", names):
             seconds = self._devices.compute_on_host(experts, [side.tier.slot(expert) for expert in experts])

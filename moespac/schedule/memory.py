@@ -189,6 +189,12 @@ class ExpertMemory:
         """The fast tiers that exist."""
         return [self.host] if self.accelerator is None else [self.host, self.accelerator]
 
+    @property
+    def all_at_hand(self) -> bool:
+        """Whether the fastest tier has every expert: nothing is left to decide, or to learn for deciding."""
+        fastest = self.tiers[-1]
+        return fastest.slots == self.shape.total and bool(fastest.ready.all())
+
     def check_integrity(self) -> None:
         """Assert that the books of all tiers and of the flights agree."""
         for tier in self.tiers:
