@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moespac.cli.bars import counting
-from moespac.cli.files import JsonFile
-from moespac.errors import ConfigError
+from moespac.cli.files import JsonFile, scratch_directory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,13 +39,7 @@ def plan(
 
     file = JsonFile(json, "--json") if json else None
     config = MeasureConfig.quick() if quick else MeasureConfig()
-    try:
-        scratch = tempfile.TemporaryDirectory(dir=directory, prefix=".moespac-plan-")
-    except OSError as error:
-        raise ConfigError(
-            f"--directory {directory}: cannot be used ({error.strerror}); name another"
-        ) from None
-    with scratch as place, counting("checking plans") as progress:
+    with scratch_directory(directory, ".moespac-plan-") as place, counting("checking plans") as progress:
         found = check_plans(Path(place), factor, tokens, config, progress)
     console = Console()
     console.print(_table(found))

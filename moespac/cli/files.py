@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,19 @@ import typer
 
 from moespac.atomic import write_atomically
 from moespac.errors import ConfigError
+
+
+def scratch_directory(directory: Path | None, prefix: str) -> tempfile.TemporaryDirectory[str]:
+    """A directory on the disk of ``directory`` (None: the system's place for such) that is gone afterwards.
+
+    Raises ConfigError, naming the flag, when there can be none.
+    """
+    try:
+        return tempfile.TemporaryDirectory(dir=directory, prefix=prefix)
+    except OSError as error:
+        raise ConfigError(
+            f"--directory {directory}: cannot be used ({error.strerror}); name another"
+        ) from None
 
 
 def read_text(source: Path, flag: str) -> str:

@@ -187,11 +187,11 @@ class LeanTrunk:
             p.out_features // self._width for p in (attention.q_proj, attention.k_proj)
         )
         self._scale = attention.scaling
+        self._padded = -(-self._width // HEAD_PAD) * HEAD_PAD
         self._native = self._native_decoder(threads, routers)
 
     def new_cache(self) -> LeanCache:
-        padded = -(-self._width // HEAD_PAD) * HEAD_PAD
-        return LeanCache(len(self._layers), self._groups, padded, self._embedding)
+        return LeanCache(len(self._layers), self._groups, self._padded, self._embedding)
 
     def __call__(self, tokens: torch.Tensor, cache: LeanCache, keep: int) -> torch.Tensor:
         """As ``trunk.Trunk``."""
@@ -239,8 +239,7 @@ class LeanTrunk:
     def _native_decoder(self, threads: int, routers: bool) -> NativeDecoder | None:
         if self._embedding.device.type != "cpu" or self._embedding.dtype != torch.float32:
             return None
-        padded = -(-self._width // HEAD_PAD) * HEAD_PAD
-        sizes = (self._embedding.shape[1], self._heads, self._groups, self._width, padded)
+        sizes = (self._embedding.shape[1], self._heads, self._groups, self._width, self._padded)
         shape = DecoderShape(*sizes, self._norm.variance_epsilon, self._scale)
         layers = [layer.weights(routers) for layer in self._layers]
         try:
