@@ -18,12 +18,13 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def apply_gate(gate: Gate, up: torch.Tensor) -> torch.Tensor:
-    """up (2 * width,), or (width,) without a gate -> (width,)."""
+    """up (2 * width,), or (width,) without a gate -> (width,); in float64, as gelu cancels much of its input."""
+    up = up.double()
     if not gate.has_gate:
-        return _activate(gate, up)
+        return _activate(gate, up).float()
     halves = up.view(-1, 2).t() if gate.interleaved else up.view(2, -1)
     gated, linear = halves[0].clamp(max=gate.limit), halves[1].clamp(-gate.limit, gate.limit)
-    return _activate(gate, gated) * (linear + gate.offset)
+    return (_activate(gate, gated) * (linear + gate.offset)).float()
 
 
 def _activate(gate: Gate, x: torch.Tensor) -> torch.Tensor:
