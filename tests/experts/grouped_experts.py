@@ -19,6 +19,7 @@ from moespac.experts.kernels.gates import match_gate
 from tests.experts.test_kernels import Experts, error
 
 KERNELS = "moespac.experts.grouped.kernels"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def forget_kernels() -> None:
@@ -28,7 +29,10 @@ def forget_kernels() -> None:
 
 
 def interpret() -> Iterator[None]:
-    """Until the end: kernels run in Python, on this machine's memory."""
+    """Until the end: without a card, kernels run in Python, on this machine's memory."""
+    if DEVICE.type == "cuda":
+        yield
+        return
     from triton import language
     from triton.runtime import interpreter
 
@@ -54,15 +58,17 @@ def interpret() -> Iterator[None]:
 
 def few_programs(patch: pytest.MonkeyPatch) -> None:
     """The interpreter takes its time for each program: the same kernels, in fewer and larger ones."""
-    patch.setattr(constants, "_VECTOR_ROWS", {})
-    patch.setattr(constants, "_VECTOR_ROWS_ELSE", 64)
+    if DEVICE.type == "cuda":
+        return
+    patch.setattr(constants, "_LANE_WEIGHTS", 1 << 20)
+    patch.setattr(constants, "_MOST_ROWS", 64)
 
 
-def grouped(experts: Experts, dtype: torch.dtype = torch.float32, device: str = "cpu") -> GroupedExperts:
+def grouped(experts: Experts, dtype: torch.dtype = torch.float32) -> GroupedExperts:
     """Without the trial that ``build`` makes, which takes the interpreter a while."""
     gate = match_gate(experts.module, apply_gate)
     assert gate is not None
-    return GroupedExperts(experts.module, experts.layout, gate, torch.device(device), dtype, GroupedConfig())
+    return GroupedExperts(experts.module, experts.layout, gate, DEVICE, dtype, GroupedConfig())
 
 
 class Routed:
@@ -74,6 +80,11 @@ class Routed:
         self.rows = np.argsort(self.flat, kind="stable")
         self.slots, counts = np.unique(self.flat, return_counts=True)
         self.begins, self.counts = counts.cumsum() - counts, counts
+
+    def of(self, slot: int) -> NDArray[np.int64]:
+        """Its rows of the (T * k) buffer."""
+        (job,) = np.flatnonzero(self.slots == slot)
+        return self.rows[self.begins[job] :][: self.counts[job]]
 
     def only(self, slots: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
         """slots, rows, begins, counts of some of the experts."""
@@ -88,11 +99,11 @@ def run(
     routing: list[list[int]] | None = None,
     slots: NDArray[np.int64] | None = None,
 ) -> torch.Tensor:
-    """x (T, hidden), routing (T, k) slots (none: all to slot 0), on x's device -> (T * k, hidden) on the CPU."""
+    """x (T, hidden), routing (T, k) slots (none: all to slot 0) -> (T * k, hidden), by way of DEVICE."""
     routed = Routed(routing or [[0]] * len(x))
     mine = routed.slots[routed.slots >= 0] if slots is None else slots
-    out = torch.full((len(routed.flat), x.shape[1]), np.nan, device=x.device)
-    kernels.run(x, routed.top_k, experts.arena.to(x.device), *routed.only(mine), out)
+    out = torch.full((len(routed.flat), x.shape[1]), np.nan, device=DEVICE)
+    kernels.run(x.to(DEVICE), routed.top_k, experts.arena.to(DEVICE), *routed.only(mine), out)
     return out.cpu()
 
 
@@ -102,13 +113,15 @@ def worst_error(found: torch.Tensor, experts: Experts, x: torch.Tensor, routing:
     for slot, begin, count in zip(routed.slots, routed.begins, routed.counts, strict=True):
         rows = routed.rows[begin : begin + count]
         if slot >= 0:
-            tokens = x[rows // routed.top_k].cpu()
+            tokens = x[rows // routed.top_k]
             worst = max(worst, error(found[rows], experts.expected(int(slot), tokens)))
         else:
             assert found[rows].isnan().all(), "rows that nobody computes were written"
     return worst
 
 
-def staircase(experts: int) -> list[list[int]]:
-    """(T, k) = (experts, experts): slot s has s + 1 of the tokens."""
-    return [[slot if token <= slot else -1 for slot in range(experts)] for token in range(experts)]
+def staircase(counts: tuple[int, ...]) -> list[list[int]]:
+    """(T, k): slot s has the first ``counts[s]`` tokens."""
+    return [
+        [slot if token < count else -1 for slot, count in enumerate(counts)] for token in range(max(counts))
+    ]

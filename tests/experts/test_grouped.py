@@ -27,7 +27,9 @@ from moespac.experts.grouped.staging import Staging
 from moespac.model.index import ExpertTensor
 from moespac.speculate.drafters import PromptLookupDrafter
 from tests.experts.grouped_experts import (
+    DEVICE,
     KERNELS,
+    Routed,
     few_programs,
     forget_kernels,
     grouped,
@@ -41,7 +43,6 @@ from tests.families import reference_tokens, save_checkpoint
 
 pytest.importorskip("triton", reason="Triton is not installed (it is in the dev extra)")
 
-CPU = torch.device("cpu")
 TOLERANCE = 1e-6  # of the norm: float32's rounding of sums, whatever the format
 
 
@@ -62,13 +63,25 @@ def tokens(count: int, hidden: int, seed: int = 0) -> torch.Tensor:
 # ---- numbers ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("format", FORMATS)
-def test_windows_agree_with_float64(format: str) -> None:
-    """Experts with 1, 2 ... 17 tokens in one launch, biases, and sizes that fill neither groups nor programs."""
-    experts = make_experts(40, 24, format, slots=17, module=prototype(has_bias=True))
-    x = tokens(17, 40)
-    found = run(grouped(experts), experts, x, staircase(17))
-    assert worst_error(found, experts, x, staircase(17)) < TOLERANCE
+ALL_COUNTS, SOME_COUNTS = tuple(range(1, 18)), (1, 2, 3, 4, 5, 8, 15, 17)  # the interpreter takes its time
+
+
+@pytest.mark.parametrize(
+    ("format", "counts"),
+    [
+        ("int4", ALL_COUNTS),
+        ("bf16", SOME_COUNTS),
+        ("f16", (1, 17)),
+        ("f32", SOME_COUNTS),
+        ("int8", SOME_COUNTS),
+    ],
+)
+def test_windows_agree_with_float64(format: str, counts: tuple[int, ...]) -> None:
+    """Experts with so many tokens each in one launch, biases, and sizes that fill neither groups nor programs."""
+    experts = make_experts(40, 24, format, slots=len(counts), module=prototype(has_bias=True))
+    x, routing = tokens(max(counts), 40), staircase(counts)
+    found = run(grouped(experts), experts, x, routing)
+    assert worst_error(found, experts, x, routing) < TOLERANCE
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -206,12 +219,68 @@ def test_the_join_does_not_depend_on_placement(count: int, weights_type: torch.d
         layer.device.fill_(np.nan)
         host = np.setdiff1d(np.nonzero(generator.random(count * top_k) < share)[0], nowhere)
         device = np.setdiff1d(np.arange(count * top_k), np.concatenate([host, nowhere]))
-        layer.host[host], layer.device[device] = rows[host], rows[device]
-        results.append(kernels.join(layer, weights, torch.empty(count, 72), host, nowhere))
+        layer.host[host], layer.device[device] = rows[host], rows[device].to(DEVICE)
+        like = torch.empty(count, 72, device=DEVICE)
+        results.append(kernels.join(layer, weights.to(DEVICE), like, host, nowhere).cpu())
     rows[nowhere] = 0.0
     expected = (rows.double().view(count, top_k, 72) * weights.double()[:, :, None]).sum(dim=1)
     assert error(results[0], expected) < TOLERANCE
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+# ---- a card's own ----------------------------------------------------------------------------------------------
+
+needs_card = pytest.mark.skipif(
+    DEVICE.type != "cuda", reason="needs a CUDA device: what only a card can show"
+)
+
+
+@needs_card
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16])
+def test_on_a_card_experts_of_a_real_size(format: str, x_type: torch.dtype) -> None:
+    experts = make_experts(2048, 768, format, slots=4)
+    kernels = grouped(experts, x_type)
+    for count in (1, 5, 17, 33, 200):
+        x = tokens(count, 2048).to(x_type)
+        routing = [[token % 4, (token + 1) % 4] for token in range(count)]
+        exact = x_type == torch.float32 or count <= 32
+        found = run(kernels, experts, x, routing)
+        assert worst_error(found, experts, x, routing) < (2e-6 if exact else 1e-2), count
+
+
+@needs_card
+def test_on_a_card_the_kernels_for_one_token_and_for_four_agree_bit_by_bit() -> None:
+    for format in FORMATS:
+        experts = make_experts(2048, 768, format)
+        kernels, x = grouped(experts, torch.bfloat16), tokens(4, 2048).bfloat16()
+        alone = torch.cat([run(kernels, experts, token[None]) for token in x])
+        assert torch.equal(run(kernels, experts, x), alone), format
+
+
+@needs_card
+def test_on_a_card_layers_follow_each_other_without_waiting() -> None:
+    """Two streams, as the engine has them, many layers queued: no buffer is written before it was read."""
+    experts, top_k = make_experts(512, 256, "int4", slots=8), 4
+    kernels, side, arena = grouped(experts), torch.cuda.Stream(), experts.arena.to(DEVICE)
+    generator, expected, found = np.random.default_rng(0), [], []
+    none = np.zeros(0, np.int64)
+    for layer in range(50):
+        routing = generator.permuted(np.tile(np.arange(8), (9, 1)), axis=1)[:, :top_k].tolist()
+        x, routed = tokens(9, 512, seed=layer), Routed(routing)
+        on_card = x.to(DEVICE)
+        for results, waits in ((expected, True), (found, False)):
+            rows = kernels.layer(9, top_k)
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                kernels.run(on_card, top_k, arena, *routed.only(routed.slots[::2]), rows.device)
+            host = np.sort(np.concatenate([routed.of(slot) for slot in routed.slots[1::2]]))
+            rows.host[host] = float(layer)
+            torch.cuda.current_stream().wait_stream(side)
+            results.append(kernels.join(rows, torch.ones(9, top_k, device=DEVICE), on_card, host, none))
+            if waits:
+                torch.cuda.synchronize()
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 
 # ---- what a launch is told -------------------------------------------------------------------------------------
@@ -232,7 +301,7 @@ def test_jobs_have_every_row_once(counts: list[int], most: int, seed: int) -> No
 
 
 def test_staging_takes_turns_and_grows() -> None:
-    staging = Staging(CPU, 8)
+    staging = Staging(DEVICE, 8)
     sent = []
     for number in range(2):
         buffer = staging.claim(8)
@@ -246,7 +315,7 @@ def test_staging_takes_turns_and_grows() -> None:
 
 
 def build(module: nn.Module, layout: object) -> GroupedExperts | None:
-    return GroupedExperts.build(module, layout, CPU, torch.float32)  # type: ignore[arg-type]
+    return GroupedExperts.build(module, layout, DEVICE, torch.float32)  # type: ignore[arg-type]
 
 
 def build_reason(caplog: pytest.LogCaptureFixture, module: nn.Module, layout: object) -> str:
@@ -283,8 +352,11 @@ def test_others_are_left_to_torch(caplog: pytest.LogCaptureFixture) -> None:
 def test_a_simulated_accelerator_is_left_to_torch(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET")
-    assert "simulated" in build_reason(caplog, prototype(), make_experts(32, 16, "f32").layout)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    layout = make_experts(32, 16, "f32").layout
+    with caplog.at_level(logging.INFO, logger="moespac"):
+        assert GroupedExperts.build(prototype(), layout, torch.device("cpu"), torch.float32) is None
+    assert "simulated" in caplog.text
 
 
 def test_without_triton_torch_does_it(

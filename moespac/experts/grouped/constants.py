@@ -17,8 +17,8 @@ VECTOR_TOKENS = (1, 4)  # of a job: plain decoding, and windows. More would want
 VECTOR_OPTIONS = {"num_warps": 1}
 _LANE_BYTES = 16
 _WARP_LANES = 32
-_VECTOR_ROWS = {"int4": 4}  # 32 weights a lane and row, all of them unpacked: registers hold no more rows
-_VECTOR_ROWS_ELSE = 8  # 768 / 4 = 192 programs an expert for gate and up, 2048 / 8 = 256 for down
+_LANE_WEIGHTS = 128  # of a lane, unpacked at once: registers hold no more beside four tokens' inputs and sums
+_MOST_ROWS = 8  # of a program, which share the inputs it loads; 192 programs an expert for up, 256 for down
 
 # matrix kernels: 64 x 64 sums; 128 bytes of a row at once keep three stages under 64 KB of shared memory.
 MATRIX_TOKENS = 64  # of a job: with fewer, reading the weights takes longer than multiplying anyway
@@ -62,9 +62,10 @@ def vector_sizes(matrix: TensorLayout, tokens: int) -> Constants:
     values = matrix.blocks[0]
     each = _LANE_BYTES // (values.nbytes // (values.shape[0] * values.shape[1]))  # numbers of 16 bytes
     lanes = _lanes(values.nbytes // values.shape[0])
+    weights = 2 * each if matrix.format == "int4" else each
     return {
         "TOKENS": tokens,
-        "ROWS": _VECTOR_ROWS.get(matrix.format, _VECTOR_ROWS_ELSE),
+        "ROWS": min(_MOST_ROWS, _LANE_WEIGHTS // weights * _WARP_LANES // lanes),
         "CHUNK": lanes * each,
         "LANES": lanes,
     }

@@ -12,6 +12,7 @@ from moespac.experts.grouped.constants import (
     MATRIX_TOKENS,
     VECTOR_OPTIONS,
     VECTOR_TOKENS,
+    Constants,
     gate_constants,
     matrix_constants,
     matrix_options,
@@ -21,12 +22,17 @@ from moespac.experts.grouped.constants import (
 from moespac.experts.kernels.library import Gate
 
 _OPERANDS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+JOIN_OPTIONS = {"num_warps": 4}
 _JOIN_BLOCK = 512  # columns of a token that a program reduces: 4 to 16 programs a token
 
 
 def interpreted() -> bool:
     """Whether Triton runs kernels in Python, on tensors of the CPU: for tests."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def join_constants(hidden: int, top_k: int, has_host: bool) -> Constants:
+    return {"TOP_K": top_k, "HIDDEN": hidden, "BLOCK": _JOIN_BLOCK, "HAS_HOST": has_host}
 
 
 class Launcher:
@@ -98,9 +104,6 @@ class Launcher:
             weights if source is None else source,
             weights,
             joined,
-            TOP_K=top_k,
-            HIDDEN=self.hidden,
-            BLOCK=_JOIN_BLOCK,
-            HAS_HOST=source is not None,
-            num_warps=4,
+            **join_constants(self.hidden, top_k, has_host=source is not None),
+            **JOIN_OPTIONS,
         )
