@@ -180,27 +180,22 @@ def test_heavy_experts_run_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4"])
 def test_a_token_does_not_depend_on_what_is_beside_it(format: str) -> None:
-    experts = make_experts(40, 24, format, slots=4)
-    kernels, x = grouped(experts), tokens(9, 40)
-    routing = np.random.default_rng(0).permuted(np.tile(np.arange(4), (9, 1)), axis=1)[:, :2].tolist()
-    together = run(kernels, experts, x, routing)
-    for token in (0, 8):
-        alone = run(kernels, experts, x[token : token + 1], routing[token : token + 1])
-        assert torch.equal(alone, together[2 * token : 2 * token + 2])
-    few = run(kernels, experts, x[:5], routing[:5])
-    assert torch.equal(few, together[:10])
-    for some in ([0, 3], [1, 2]):  # the others are computed elsewhere
-        found = run(kernels, experts, x, routing, slots=np.array(some))
-        mine = np.isin(np.array(routing).reshape(-1), some)
-        assert torch.equal(found[mine], together[mine]) and found[~mine].isnan().all()
+    experts = make_experts(40, 24, format, slots=2)
+    kernels, x = grouped(experts), tokens(6, 40)
+    together = run(kernels, experts, x, [[0, 1]] * 6)
+    for token in (1, 2, 3, 5):  # the second to fourth of a program's four, and the second of two
+        assert torch.equal(run(kernels, experts, x[token : token + 1], [[0, 1]]), together[2 * token :][:2])
+    backwards = run(kernels, experts, x.flip(0), [[1, 0]] * 6)
+    assert torch.equal(backwards.flip(0), together)
+    found = run(kernels, experts, x, [[0, 1]] * 6, slots=np.array([1]))  # the other is computed elsewhere
+    assert torch.equal(found[1::2], together[1::2]) and found[::2].isnan().all()
 
 
 def test_in_prompts_too() -> None:
     experts = make_experts(40, 24, "int4", slots=2)
     kernels, x = grouped(experts), tokens(66, 40)
     together = run(kernels, experts, x, [[0, 1]] * 66)
-    fewer = run(kernels, experts, x[:40], [[0, 1]] * 40)
-    assert torch.equal(fewer, together[:80])
+    assert torch.equal(run(kernels, experts, x[20:60], [[0, 1]] * 40), together[40:120])
 
 
 @pytest.mark.parametrize(
