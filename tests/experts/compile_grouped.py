@@ -28,14 +28,13 @@ from moespac.model.index import ExpertTensor
 HIDDEN, WIDTH, TOP_K = 2048, 768, 8
 SWIGLU = Gate(1, 0, 0, 1.0, math.inf, 0.0)
 CLAMPED = Gate(1, 1, 0, 1.702, 7.0, 1.0)  # gpt_oss
-# (kernels, tokens of a job, format, gate, compute capability): every kernel for each card, every format for one.
+# (kernels, tokens of a job, format, gate, compute capability): every kernel for each card, packed formats for one.
 VARIANTS = [
     ("vector", 4, "int4", SWIGLU, 90),
     ("matrix", constants.MATRIX_TOKENS, "int4", SWIGLU, 90),
-    ("vector", 4, "bf16", SWIGLU, 89),
+    ("vector", 1, "bf16", SWIGLU, 89),
     ("matrix", constants.MATRIX_TOKENS, "int8", CLAMPED, 89),
     ("vector", 1, "int8", CLAMPED, 80),
-    ("vector", 1, "f32", SWIGLU, 80),
     ("matrix", constants.MATRIX_TOKENS, "bf16", SWIGLU, 80),
 ]
 POINTERS = {"x": "*bf16", "arena": "*u8", "jobs": "*i32", "inner": "*fp32", "out": "*fp32"}
@@ -58,8 +57,8 @@ def main() -> None:
             results[name] = build(kernel, POINTERS, values, options, card) | {
                 "lane_rows": values["ROWS"] * values.get("LANES", 0) // 32
             }
-    for card in (80, 89, 90):
-        values = join_constants(HIDDEN, TOP_K, has_host=True)
+    for card, has_host in ((80, True), (90, False)):
+        values = join_constants(HIDDEN, TOP_K, has_host)
         results[f"join sm_{card}"] = build(join.join, JOIN_POINTERS, values, JOIN_OPTIONS, card)
     print(json.dumps(results, indent=1))
 

@@ -63,17 +63,17 @@ def tokens(count: int, hidden: int, seed: int = 0) -> torch.Tensor:
 # ---- numbers ---------------------------------------------------------------------------------------------------
 
 
-ALL_COUNTS, SOME_COUNTS = tuple(range(1, 18)), (1, 2, 3, 4, 5, 8, 15, 17)  # the interpreter takes its time
+ALL_COUNTS, SOME_COUNTS = tuple(range(1, 18)), (1, 2, 3, 4, 5, 8, 15)  # the interpreter takes its time
 
 
 @pytest.mark.parametrize(
     ("format", "counts"),
     [
-        ("int4", ALL_COUNTS),
+        ("int8", ALL_COUNTS),
+        ("int4", (1, 2, 3, 4, 5, 17)),
         ("bf16", SOME_COUNTS),
         ("f16", (1, 17)),
-        ("f32", SOME_COUNTS),
-        ("int8", SOME_COUNTS),
+        ("f32", (3, 16)),
     ],
 )
 def test_windows_agree_with_float64(format: str, counts: tuple[int, ...]) -> None:

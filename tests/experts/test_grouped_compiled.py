@@ -15,13 +15,17 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed (it is in the dev extra)")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> dict[str, dict[str, Any]]:
     """Kernel and card -> what the compiler made of it; see ``compile_grouped``."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")), "PYTHONPATH": str(repository)}
+    environment |= {
+        "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton")),
+        "PYTHONPATH": os.pathsep.join([str(repository), *sys.path]),
+    }
     done = subprocess.run(
         [sys.executable, "-m", "tests.experts.compile_grouped"],
         cwd=repository,
