@@ -20,6 +20,7 @@ from moespac.experts.accelerator import Accelerator
 from moespac.experts.budget import available_device_bytes, available_host_bytes, is_none, slots_for
 from moespac.experts.compute import ExpertMath
 from moespac.experts.devices import Computers
+from moespac.experts.grouped import GroupedExperts
 from moespac.experts.kernels import HostKernel
 from moespac.experts.manifest import is_pack
 from moespac.experts.movers import LinkCopier, StorageReader, host_arena
@@ -101,7 +102,7 @@ def load(
     for module in modules:
         module.stand_in()
     trunk = open_trunk(network, torch.get_num_threads())
-    runtime = _build_runtime(store, skeleton, find_routers(network, modules), config, device)
+    runtime = _build_runtime(store, skeleton, find_routers(network, modules), config, device, compute_dtype)
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
     if isinstance(trunk, LeanTrunk):
@@ -138,6 +139,7 @@ def _build_runtime(
     routers: list[nn.Module | None],
     config: EngineConfig,
     device: torch.device,
+    dtype: torch.dtype,
 ) -> ExpertRuntime:
     memory, shape, bell = config.memory, store.shape, Bell()
     capacity = _capacity(memory, shape, device)
@@ -155,7 +157,8 @@ def _build_runtime(
     prototype, threads = next(iter(skeleton.experts.values())), torch.get_num_threads()
     kernel = HostKernel.build(prototype, store.layout, threads)
     math = ExpertMath(prototype, store.layout)
-    computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1)
+    grouped = GroupedExperts.build(prototype, store.layout, device, dtype) if accelerator else None
+    computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1, grouped)
     return ExpertRuntime(store, tiers, policy, computers, routers, clock)
 
 
