@@ -25,6 +25,15 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class GraphConfig:
+    """The trunk on a GPU, as CUDA graphs. Not measured on one yet."""
+
+    most_tokens: int = 17  # of a window: 16 drafted, the paper's most, and one; longer ones are prompts
+    least_bucket: int = 256  # tokens that attention reads at least: fewer save nothing that can be measured
+    windows_kept: int = 24  # recorded pairs of size and bucket: some hundred graphs each, kept for the next pass
+
+
+@dataclass(frozen=True)
 class ContextConfig:
     """How the routing of all layers together corrects the expectation of each expert. Values: docs/log.md."""
 
