@@ -28,7 +28,14 @@ LANES_OF_CAUSES = {  # the causes of ``PassClock``
     "wait_for_accelerator": "wait",
     "wait_for_device": "wait",  # for a router's choice, or drafted tokens
 }
-_ORDER = [REQUEST, *dict.fromkeys(LANES_OF_CAUSES.values()), TRUNK_ON_DEVICE, ACCELERATOR, LINK, STORAGE]  # as they are shown
+_ORDER = [  # as they are shown
+    REQUEST,
+    *dict.fromkeys(LANES_OF_CAUSES.values()),
+    TRUNK_ON_DEVICE,
+    ACCELERATOR,
+    LINK,
+    STORAGE,
+]
 
 
 def ignore(lane: str, name: str, start: float, duration: float) -> None:

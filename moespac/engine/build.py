@@ -99,8 +99,9 @@ def load(
 
     for module in modules:
         module.stand_in()
-    trunk = open_trunk(network, torch.get_num_threads())
-    runtime = _build_runtime(store, skeleton, find_routers(network, modules), config, device)
+    clock = PassClock(time.perf_counter)
+    trunk = open_trunk(network, torch.get_num_threads(), clock, config.graphs)
+    runtime = _build_runtime(store, skeleton, find_routers(network, modules), config, device, clock)
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
     drafter = _build_drafter(draft, network, tokenizer, compute_dtype, runtime)
@@ -135,12 +136,12 @@ def _build_runtime(
     routers: list[nn.Module | None],
     config: EngineConfig,
     device: torch.device,
+    clock: PassClock,
 ) -> ExpertRuntime:
     memory, shape, bell = config.memory, store.shape, Bell()
     capacity = _capacity(memory, shape, device)
     policy = make_policy(config.policy, shape, capacity, config.method)
     arena = host_arena(capacity.host, shape.record_bytes)
-    clock = PassClock(time.perf_counter)
     reader = StorageReader(store, arena, memory, bell, clock.tape)
     accelerator = link = None
     if capacity.accelerator:

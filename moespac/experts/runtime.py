@@ -184,7 +184,9 @@ class OffloadedExperts(nn.Module):
 
     def stand_in(self) -> None:
         """Until ``attach``: something cheap that depends on all it is given, to compare forward passes with."""
-        self._forward = lambda x, index, weights: x * (weights * (index % 7 + 1)).sum(-1, keepdim=True)
+        self._forward = lambda x, index, weights: (
+            x * (weights * (index.to(x.device) % 7 + 1)).sum(-1, keepdim=True).to(x.dtype)
+        )
 
     def attach(self, layer: int, runtime: ExpertRuntime) -> None:
         norm = getattr(self, "post_expert_norm", None)

@@ -1,9 +1,9 @@
 """A plain decoder on a device, launched as recordings over static buffers: on CUDA, as CUDA graphs.
 
-A window of up to ``GraphConfig.most_tokens`` is one recording for each stretch between two blocks of experts, made the
-first time that a window of its size meets its bucket of lengths; between two of them the host learns the router's
-choice from one small copy, and dispatches the experts. Where all experts are on the device, and for dense models, the
-pass is one recording. Prompts run in torch, over the same weights and the same cache.
+A window of up to ``GraphConfig.most_tokens`` is one recording for each stretch between two blocks of experts, made
+the first time that a window of its size meets its bucket of lengths; between two of them the host learns the
+router's choice from one small copy, and dispatches the experts. Where all experts are on the device, and for dense
+models, the pass is one recording. Prompts run in torch, over the same weights and the same cache.
 """
 
 from __future__ import annotations
@@ -28,8 +28,18 @@ from moespac.timeline import TRUNK_ON_DEVICE
 
 log = logging.getLogger(__name__)
 
-_CHECKED = ((0, 40), (40, 41), (41, 46), (46, 63))  # a prompt, a token, and two windows; less than any context
-_IDLE = ("wait_for_device", "wait_for_experts", "wait_for_accelerator", "host_experts")  # not the host's own time
+_CHECKED = (
+    (0, 40),
+    (40, 41),
+    (41, 46),
+    (46, 63),
+)  # a prompt, a token, and two windows; less than any context
+_IDLE = (
+    "wait_for_device",
+    "wait_for_experts",
+    "wait_for_accelerator",
+    "host_experts",
+)  # not the host's own time
 
 
 class GraphedTrunk:
@@ -218,7 +228,7 @@ class GraphedTrunk:
 
 
 class _Stretches:
-    """A window's recordings, each made when the first pass comes to it: only then is there something to run over."""
+    """A window's recordings, each made when the first pass comes to it: only then it has something to run over."""
 
     def __init__(self, window: Window, recorder: Recorder) -> None:
         self.window = window
@@ -275,8 +285,10 @@ class _Watch:
 def graphed_trunk(
     model: Any, lean: LeanTrunk, recorder: Recorder, clock: PassClock, config: GraphConfig
 ) -> GraphedTrunk | None:
-    """``lean``'s pass as recordings on ``recorder``'s device; None, and a line in the log, where they cannot be made,
-    or say something else than ``lean`` does. The experts must be callable, see ``lean_trunk``."""
+    """``lean``'s pass as recordings on ``recorder``'s device, its experts callable as in ``lean_trunk``.
+
+    None, and a line in the log, where they cannot be made, or say something else than ``lean`` does.
+    """
     try:
         decoder = read_decoder(model, lean)
         if decoder is None:

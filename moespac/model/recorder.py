@@ -1,7 +1,7 @@
 """Work over tensors that stay where they are, recorded once and launched again as a whole.
 
-On CUDA a recording is a CUDA graph: one launch in place of some dozens. In the process it is the function itself, and
-everything around it (buffers, order, what is put back after a recording) is the same, so tests see it.
+On CUDA a recording is a CUDA graph: one launch in place of some dozens. In the process it is the function itself,
+and everything around it (buffers, order, what is put back after a recording) is the same, so tests see it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class InProcess:
 
 
 class CudaRecorder:
-    """CUDA graphs that share one pool of memory. One that cannot be captured runs as it is, and all later ones do."""
+    """CUDA graphs that share one pool of memory. After one that cannot be captured, all work runs as it is."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -101,8 +101,12 @@ class CudaRecorder:
     def record(self, work: Work, state: Sequence[torch.Tensor] = ()) -> Work:
         if not self.captures:
             return work
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            _warm_up(work, state)  # what fails here fails without graphs too
+        self._stream.synchronize()
         try:
-            return self._capture(work, state)
+            return self._capture(work)
         except RuntimeError as error:  # out of memory, or an operation that cannot be captured
             self.captures = False
             log.warning("CUDA graphs are off, tokens come slower: %s", str(error).splitlines()[0])
@@ -126,14 +130,9 @@ class CudaRecorder:
     def stopwatch(self) -> Stopwatch:
         return _CudaStopwatch()
 
-    def _capture(self, work: Work, state: Sequence[torch.Tensor]) -> Work:
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            _warm_up(work, state)
-        self._stream.synchronize()
+    def _capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
-        # Without torch.cuda.graph: it collects garbage and empties the allocator each time, and a model has hundreds.
+        # Not by torch.cuda.graph: it collects garbage and empties the allocator each time, and there are hundreds.
         with torch.cuda.stream(self._stream), _no_collection():
             # thread_local: copies of experts go on meanwhile, on other threads.
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
@@ -141,8 +140,12 @@ class CudaRecorder:
                 work()
             finally:
                 graph.capture_end()
-        current.wait_stream(self._stream)
         return graph.replay
+
+
+def recorder_for(device: torch.device) -> Recorder | None:
+    """None where launches cost too little to be worth recording."""
+    return CudaRecorder(device) if device.type == "cuda" else None
 
 
 class _InProcessMailbox:

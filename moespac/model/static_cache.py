@@ -1,6 +1,6 @@
 """Keys and values at addresses that stay, so that recorded work can hold on to them.
 
-An arena is lent to one sequence after another, and what was recorded over it with it. G key and value heads of width D.
+An arena is lent to one sequence after another, and what was recorded over it with it. G key and value heads of D.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Arena:
         return self.store.shape[3]
 
     def reserve(self, filled: int, end: int) -> int:
-        """The bucket, room at least, of the first ``end`` tokens; ``filled`` of them are kept if all has to move."""
+        """The bucket of the first ``end`` tokens, which have room then; ``filled`` are kept if all moves."""
         bucket = self._bucket(end)
         if bucket > self.room:
             self._recorded.clear()  # it has the old addresses
@@ -82,6 +82,7 @@ class StaticCache:
     """One sequence in an arena that it borrows on first use; forgetting tokens is moving its end."""
 
     rewinds = True
+    survives = True  # what a failed pass wrote lies beyond its end
 
     def __init__(self, arenas: ArenaPool) -> None:
         self.length = 0

@@ -1,11 +1,11 @@
 """What a plain decoder computes over a window, cut where its experts come in: pure work over static buffers.
 
 A stretch goes from the end of one block of experts to the router of the next, over the dense layers between them if
-there are any; the first begins with the embedding, the last ends with the head. A model without experts is one stretch.
-Whatever a stretch reads it leaves as it was, keys and values apart, which it writes anew: running it twice is running
-it once, as recording needs.
+there are any; the first begins with the embedding, the last ends with the head. A model without experts is one.
+Whatever a stretch reads it leaves as it was, keys and values apart, which it writes anew: running it twice is
+running it once, as recording needs.
 
-T tokens of a window, H heads, G key and value heads, R = H / G, D width of a head, L the bucket that attention reads.
+T tokens of a window, H heads, G key and value heads, R = H / G, D width of a head, L tokens that attention reads.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import nn
 from moespac.experts.kernels.decoder import DenseBlock, LayerWeights, Projection
 from moespac.model.lean import LeanTrunk, dense_block
 from moespac.model.static_cache import Arena
+
 
 class DeviceExperts(Protocol):
     """The experts of all layers where all of them lie on the device: no word from the host is needed."""
@@ -228,7 +229,9 @@ class Window:
         if q_norm is None or k_norm is None:
             return qk
         whole = q_norm.numel() != self._decoder.width
-        parts = zip(qk.split([self._decoder.heads, self._decoder.groups], dim=1), (q_norm, k_norm), strict=True)
+        parts = zip(
+            qk.split([self._decoder.heads, self._decoder.groups], dim=1), (q_norm, k_norm), strict=True
+        )
         return torch.cat(
             [self._normed(p.flatten(1) if whole else p, norm).view(p.shape) for p, norm in parts], 1
         )
