@@ -17,6 +17,7 @@ from torch import nn
 from moespac.experts.accelerator import Accelerator
 from moespac.experts.compute import ExpertMath
 from moespac.experts.kernels import HostKernel
+from moespac.experts.resident import JobKernels
 from moespac.experts.workers import Ticket
 from moespac.timeline import expert_name
 
@@ -30,6 +31,7 @@ class Computers:
     host: torch.Tensor  # the host tier's arena, (slots, record_bytes) uint8
     accelerator: Accelerator | None
     host_threads: int
+    job_kernels: JobKernels | None = None  # of the accelerator, where it has some that need no word from the host
 
 
 class Groups:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moespac.experts.devices import Computers, Groups, LayerTensors
+from moespac.experts.resident import ResidentExperts
 from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
 from moespac.policy.base import Policy, Sensor
@@ -52,6 +53,7 @@ class ExpertRuntime:
         self._window: Window | None = None
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
         self._weights: list[NDArray[np.float32]] = []  # the router's weights beside them, for the recorder
+        self._resident: ResidentExperts | None = None
 
     @property
     def latest_routing(self) -> list[NDArray[np.int64]]:
@@ -84,6 +86,18 @@ class ExpertRuntime:
         self._window = None
         self._routing, self._weights = [], []
         self.memory.quiesce()
+
+    def resident(self) -> ResidentExperts | None:
+        """All experts as work of the accelerator's own, while it has every one of them, and kernels for it."""
+        accelerator, kernels = self._computers.accelerator, self._computers.job_kernels
+        tier = self.memory.accelerator
+        if accelerator is None or kernels is None or tier is None or not self.memory.all_at_hand:
+            self._resident = None
+        elif self._resident is None:  # none of them leaves its slot any more: there is one for each
+            slots = np.array([tier.slot(expert) for expert in range(self._shape.total)], dtype=np.int64)
+            by_layer = slots.reshape(self._shape.layers, self._shape.experts)
+            self._resident = ResidentExperts(kernels, accelerator.arena, by_layer, self._ran_resident)
+        return self._resident
 
     def close(self) -> None:
         """Stop all threads and free the tiers."""
@@ -149,6 +163,15 @@ class ExpertRuntime:
             self.policy.observe(observation)
         if self.recorder is not None:
             self.recorder(observation)
+
+    def _ran_resident(self, routing: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
+        """A pass of ``resident`` is over: routing and weights (layers, T, k)."""
+        self._routing = list(routing)
+        self._weights = list(weights) if self.recorder is not None else []
+        if self._window is None or not self._window.prefill:
+            ids = routing + np.arange(0, self._shape.total, self._shape.experts)[:, None, None]
+            active = int(np.count_nonzero(np.bincount(ids.reshape(-1))))
+            self.stats.accelerator.count(active, active)
 
     def _count_hits(self, host: NDArray[np.int64], accelerator: NDArray[np.int64]) -> None:
         if self._window is not None and self._window.prefill:

@@ -55,7 +55,10 @@ class GraphedTrunk:
         config: GraphConfig,
     ) -> None:
         """``lean`` runs the prompts; ``context``: tokens that a sequence can have at most."""
-        self.device_experts: DeviceExperts | None = None  # set while every expert is on the device
+        self.resident: Callable[[], DeviceExperts | None] = lambda: (
+            None
+        )  # asked before each pass: all experts, if
+        # every one of them is on the device
         self._decoder = decoder
         self._lean = lean
         self._recorder = recorder
@@ -84,10 +87,11 @@ class GraphedTrunk:
             return self._prompt(tokens, cache, keep)
         begin, idle = self._clock.now(), self._idle()
         arena, bucket = cache.arena, self._begin(tokens.tolist(), cache, cache.length + count)
-        if self._experts and self.device_experts is None:
+        experts = self.resident() if self._experts else None
+        if self._experts and experts is None:
             self._in_stretches(self._stretches(arena, count, bucket))
         else:
-            self._whole(self._recorded_whole(arena, count, bucket))
+            self._whole(self._recorded_whole(arena, count, bucket, experts))
         cache.length += count
         self._clock.path.passed(len(self._experts), self._clock.now() - begin - (self._idle() - idle))
         return self._buffers.logits[count - keep : count].clone()
@@ -201,9 +205,9 @@ class GraphedTrunk:
 
         return arena.recorded(("stretches", tokens, bucket), make)
 
-    def _recorded_whole(self, arena: Arena, tokens: int, bucket: int) -> _Whole:
-        experts = self.device_experts
-
+    def _recorded_whole(
+        self, arena: Arena, tokens: int, bucket: int, experts: DeviceExperts | None
+    ) -> _Whole:
         def make() -> _Whole:
             window = self._window(arena, tokens, bucket)
             work = self._recorder.record(partial(window.whole, experts), self._buffers.state)

@@ -17,7 +17,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-Work = Callable[[], None]
+Work = Callable[[], object]
 
 _WARMUPS = 2  # libraries make handles and choose kernels on the first call, some on the second
 
