@@ -238,6 +238,10 @@ class _Stretches:
         self.window = window
         self.launches: list[Work | None] = [None] * (len(window.rows) + 1)
         self._boxes = [recorder.mailbox(row) for row in window.routing]
+        shapes = [row.index.shape for row in window.rows]
+        self._chosen = [
+            RoutingRow(box.host, *shape).index for box, shape in zip(self._boxes, shapes, strict=True)
+        ]
 
     def record(self, number: int, recorder: Recorder, buffers: Buffers) -> Work:
         launch = recorder.record(partial(self.window.stretch, number), buffers.state)
@@ -246,12 +250,11 @@ class _Stretches:
 
     def sent(self, number: int, clock: PassClock) -> torch.Tensor:
         """The router's choice in a layer, (T, k) int64 on the host, the caller's own."""
-        box, tokens = self._boxes[number], self.window.tokens
+        box = self._boxes[number]
         box.send()
         with clock.measure("wait_for_device"):
             box.wait()
-        top_k = self.window.rows[number].index.shape[1]
-        return RoutingRow(box.host, tokens, top_k).index.clone()
+        return self._chosen[number].clone()
 
 
 @dataclass(frozen=True)
