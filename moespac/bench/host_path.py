@@ -2,7 +2,7 @@
 
 `python -m moespac.bench.host_path` makes a model of Qwen3-30B-A3B's layers and experts, all of them tiny, and
 decodes windows of it through recordings that do nothing when launched. What is left is the host's own path from a
-router's choice to the next launch. A real launch, copy and event cost some microseconds more, which only a GPU tells.
+router's choice to the next launch. A real launch, copy and event cost microseconds more, which only a GPU can tell.
 CPU time of this thread, so that a busy machine does not count, and neither do waits.
 """
 
@@ -120,13 +120,12 @@ def _median(
 
 def _model() -> Qwen3MoeForCausalLM:
     torch.manual_seed(0)
+    heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
     config = Qwen3MoeConfig(
+        **heads,
         vocab_size=_VOCABULARY,
         hidden_size=64,
         num_hidden_layers=LAYERS,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=16,
         num_experts=EXPERTS,
         num_experts_per_tok=TOP_K,
         moe_intermediate_size=32,

@@ -1,9 +1,9 @@
 """A plain decoder on a device, launched as recordings over static buffers: on CUDA, as CUDA graphs.
 
-A window of up to ``GraphConfig.most_tokens`` is one recording for each stretch between two blocks of experts, made
-the first time that a window of its size meets its bucket of lengths; between two of them the host learns the
-router's choice from one small copy, and dispatches the experts. Where all experts are on the device, and for dense
-models, the pass is one recording. Prompts run in torch, over the same weights and the same cache.
+A window of up to ``GraphConfig.most_tokens`` is one recording for each stretch between two blocks of experts, for
+its size and its bucket of lengths; between two of them the host learns the router's choice from one small copy, and
+dispatches the experts. Where all experts are on the device, and for dense models, the pass is one recording.
+Prompts run in torch, over the same weights and the same cache.
 """
 
 from __future__ import annotations
@@ -161,11 +161,12 @@ class GraphedTrunk:
             block.copy_(experts.forward(x, index, weights))
             path.launches += 1
         self._launch(stretches, len(self._experts), watch)
+        stretches.met = True
         if watch is not None:
             watch.tell()
 
     def _launch(self, stretches: _Stretches, number: int, watch: _Watch | None) -> None:
-        launch = stretches.launches[number] or stretches.record(number, self._recorder, self._buffers)
+        launch = stretches.launch(number, self._recorder, self._buffers)
         if watch is None:
             launch()
         else:
@@ -232,20 +233,25 @@ class GraphedTrunk:
 
 
 class _Stretches:
-    """A window's recordings, each made when the first pass comes to it: only then it has something to run over."""
+    """A window's recordings, made by its second pass: a short prompt's size may never come again, and a recording
+    takes as long as some passes. Each is made when the pass comes to it, and has something to run over."""
 
     def __init__(self, window: Window, recorder: Recorder) -> None:
         self.window = window
-        self.launches: list[Work | None] = [None] * (len(window.rows) + 1)
+        self.met = False  # the first pass is over
+        self._launches: list[Work | None] = [None] * (len(window.rows) + 1)
         self._boxes = [recorder.mailbox(row) for row in window.routing]
         shapes = [row.index.shape for row in window.rows]
         self._chosen = [
             RoutingRow(box.host, *shape).index for box, shape in zip(self._boxes, shapes, strict=True)
         ]
 
-    def record(self, number: int, recorder: Recorder, buffers: Buffers) -> Work:
-        launch = recorder.record(partial(self.window.stretch, number), buffers.state)
-        self.launches[number] = launch
+    def launch(self, number: int, recorder: Recorder, buffers: Buffers) -> Work:
+        launch = self._launches[number]
+        if launch is None:
+            launch = partial(self.window.stretch, number)
+            if self.met:
+                launch = self._launches[number] = recorder.record(launch, buffers.state)
         return launch
 
     def sent(self, number: int, clock: PassClock) -> torch.Tensor:
@@ -314,10 +320,12 @@ def graphed_trunk(
 
 
 def _deviation(trunk: GraphedTrunk, lean: LeanTrunk, vocabulary: int) -> float:
+    """Of the recordings, which the second time makes."""
     tokens = torch.arange(_CHECKED[-1][1]) * 7919 % vocabulary
-    passes = []
-    for run in (trunk, lean):
-        forward: Any = run
+
+    def logits(forward: Any) -> torch.Tensor:
         cache = forward.new_cache()
-        passes.append(torch.cat([forward(tokens[a:b], cache, b - a).cpu() for a, b in _CHECKED]))
-    return deviation(*passes)
+        return torch.cat([forward(tokens[a:b], cache, b - a).cpu() for a, b in _CHECKED])
+
+    logits(trunk)
+    return deviation(logits(trunk), logits(lean))
