@@ -74,16 +74,19 @@ class Checked:
 @pytest.mark.parametrize("family", [*PLAIN, "dense"])
 def test_windows_in_any_order_say_what_torch_says(family: str) -> None:
     model = dense_model() if family == "dense" else build_model(family)
-    choose, trunk = random.Random(family), recorded(model)
+    choose, recorder = random.Random(family), OperationRecorder()
+    trunk = recorded(model, recorder)
+    before = recorder.recorded
     sequences = [Checked(trunk) for _ in range(2)]
     for _ in range(40):
         sequence = choose.choice(sequences)  # each has an arena of its own
         if sequence.length > 90 or choose.random() < 0.25:
             sequence.rewind(choose.randint(0, sequence.length))
-        size = choose.choice([1, 1, 2, 5, choose.randint(1, 17), 24])
+        size = choose.choice([1, 1, 5, choose.randint(1, 17), 24])
         sequence.run(
             torch.tensor([choose.randrange(VOCABULARY) for _ in range(size)]), choose.randint(1, size)
         )
+    assert recorder.recorded - before >= 8
 
 
 def test_every_window_size_and_a_bucket_that_ends_with_it() -> None:
@@ -92,8 +95,23 @@ def test_every_window_size_and_a_bucket_that_ends_with_it() -> None:
     for size in range(1, 18):
         sequence = Checked(trunk)
         sequence.run(TOKENS[: 32 - size], 1)
+        for _ in range(3):  # as it is, while it is recorded, and as a recording
+            sequence.run(TOKENS[32 - size : 32], size)
+            sequence.rewind(size)
         sequence.run(TOKENS[32 - size : 32], size)
         sequence.run(TOKENS[32:33], 1)
+
+
+def test_what_was_recorded_before_a_cache_moved_is_forgotten() -> None:
+    trunk = recorded(build_model("qwen3_moe"), config=GraphConfig(least_bucket=16, windows_kept=24))
+    sequence = Checked(trunk)
+    for _ in range(3):
+        sequence.run(TOKENS[:3], 3)
+        sequence.rewind(3)
+    sequence.run(TOKENS[:100], 1)  # more room than any check before took
+    sequence.rewind(97)
+    sequence.run(TOKENS[50:53], 3)
+    sequence.run(TOKENS[60:90], 30)
 
 
 def test_a_recording_is_made_once() -> None:
