@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,13 @@ _IDLE = (
 )  # not the host's own time
 
 
+class MayBeResident(Protocol):
+    """Who has a model's experts."""
+
+    def resident(self) -> DeviceExperts | None:
+        """All of them, if every one is on the device; the same object for as long as it stays so."""
+
+
 class GraphedTrunk:
     """Runs a decoder over a window. Made by ``graphed_trunk``; one pass at a time."""
 
@@ -55,10 +62,7 @@ class GraphedTrunk:
         config: GraphConfig,
     ) -> None:
         """``lean`` runs the prompts; ``context``: tokens that a sequence can have at most."""
-        self.resident: Callable[[], DeviceExperts | None] = lambda: (
-            None
-        )  # asked before each pass: all experts, if
-        # every one of them is on the device
+        self._runtime: MayBeResident | None = None
         self._decoder = decoder
         self._lean = lean
         self._recorder = recorder
@@ -76,6 +80,10 @@ class GraphedTrunk:
         """Whether ``draft`` can be called: there are no experts, which would need the host in between."""
         return not self._experts
 
+    def attach(self, experts: MayBeResident) -> None:
+        """Passes are asked for as a whole while all experts are on the device."""
+        self._runtime = experts
+
     def new_cache(self) -> StaticCache:
         return StaticCache(self._arenas)
 
@@ -87,7 +95,7 @@ class GraphedTrunk:
             return self._prompt(tokens, cache, keep)
         begin, idle = self._clock.now(), self._idle()
         arena, bucket = cache.arena, self._begin(tokens.tolist(), cache, cache.length + count)
-        experts = self.resident() if self._experts else None
+        experts = self._runtime.resident() if self._runtime is not None else None
         if self._experts and experts is None:
             self._in_stretches(self._stretches(arena, count, bucket))
         else:
