@@ -20,6 +20,7 @@ from moespac.experts.accelerator import Accelerator
 from moespac.experts.budget import available_device_bytes, available_host_bytes, is_none, slots_for
 from moespac.experts.compute import ExpertMath
 from moespac.experts.devices import Computers
+from moespac.experts.grouped import GroupedExperts
 from moespac.experts.kernels import HostKernel
 from moespac.experts.manifest import is_pack
 from moespac.experts.movers import LinkCopier, StorageReader, host_arena
@@ -103,7 +104,8 @@ def load(
         module.stand_in()
     clock = PassClock(time.perf_counter)
     trunk = open_trunk(network, torch.get_num_threads(), clock, config.graphs)
-    runtime = _build_runtime(store, skeleton, find_routers(network, modules), config, device, clock)
+    routers = find_routers(network, modules)
+    runtime = _build_runtime(store, skeleton, routers, config, device, compute_dtype, clock)
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
     if isinstance(trunk, LeanTrunk | GraphedTrunk):
@@ -140,6 +142,7 @@ def _build_runtime(
     routers: list[nn.Module | None],
     config: EngineConfig,
     device: torch.device,
+    dtype: torch.dtype,
     clock: PassClock,
 ) -> ExpertRuntime:
     memory, shape, bell = config.memory, store.shape, Bell()
@@ -157,7 +160,9 @@ def _build_runtime(
     prototype, threads = next(iter(skeleton.experts.values())), torch.get_num_threads()
     kernel = HostKernel.build(prototype, store.layout, threads)
     math = ExpertMath(prototype, store.layout)
-    computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1)
+    grouped = GroupedExperts.build(prototype, store.layout, device, dtype) if accelerator else None
+    job_kernels = grouped.job_kernels if grouped else None
+    computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1, grouped, job_kernels)
     return ExpertRuntime(store, tiers, policy, computers, routers, clock)
 
 

@@ -13,11 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-NOBODY = -1  # a job's last entries, where its expert has fewer rows
+from moespac.experts.grouped.constants import VECTOR_TOKENS
+from moespac.experts.grouped.jobs import NOBODY
 
 
 class JobKernels(Protocol):
-    """What computes experts from their records by jobs, and joins their rows; work that can be recorded."""
+    """What computes experts from their records by jobs, and joins their rows; work that can be recorded.
+
+    ``grouped.launch.Launcher`` does.
+    """
 
     hidden: int
     width: int  # of what lies between an expert's two matrices
@@ -75,8 +79,8 @@ class ResidentExperts:
 
 
 def rows_of_a_job(tokens: int) -> int:
-    """Few enough that most jobs are full, of what the kernels have variants for: 1 and 4."""
-    return 1 if tokens == 1 else 4
+    """Of the kernels' variants: one token has one row of each expert, of more nothing is known here."""
+    return VECTOR_TOKENS[0] if tokens == 1 else VECTOR_TOKENS[-1]
 
 
 def group_on_device(index: torch.Tensor, slots: torch.Tensor, rows: int) -> torch.Tensor:

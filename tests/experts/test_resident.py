@@ -11,24 +11,24 @@ import pytest
 import torch
 
 import moespac
-from moespac.experts.resident import NOBODY, group_on_device, rows_of_a_job
+from moespac.experts.grouped.jobs import NOBODY, make_jobs
+from moespac.experts.resident import ResidentExperts, group_on_device, rows_of_a_job
 from moespac.speculate.drafters import ModelDrafter
 from moespac.trace.recorder import TraceRecorder
+from tests.experts.grouped_experts import DEVICE, few_programs, grouped, interpret
 from tests.experts.job_kernels import TorchJobKernels
+from tests.experts.test_kernels import error, make_experts
 from tests.families import VOCABULARY, build_model, reference_tokens, save_checkpoint
 from tests.model.recording import OperationRecorder
 
 PROMPT = (5, 17, 3, 60, 17, 3)
 
 
-def by_hand(routing: np.ndarray, slots: Sequence[int], rows: int) -> list[list[int]]:
-    flat, jobs = routing.reshape(-1), []
-    for expert in sorted(set(flat.tolist())):
-        mine = np.flatnonzero(flat == expert).tolist()
-        for begin in range(0, len(mine), rows):
-            some = mine[begin : begin + rows]
-            jobs.append([slots[expert], *some, *[NOBODY] * (rows - len(some))])
-    return jobs
+def on_the_host(routing: np.ndarray, slots: Sequence[int], rows: int) -> list[list[int]]:
+    flat = routing.reshape(-1)
+    experts, counts = np.unique(flat, return_counts=True)
+    order = np.argsort(flat, kind="stable")
+    return make_jobs(np.array(slots)[experts], order, counts.cumsum() - counts, counts, rows).tolist()
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 5, 17])
@@ -39,7 +39,7 @@ def test_jobs_are_those_that_the_routing_asks_for(tokens: int, experts: int, top
     slots, rows = draw.permutation(3 * experts)[:experts], rows_of_a_job(tokens)
     jobs = group_on_device(torch.from_numpy(routing), torch.from_numpy(slots), rows)
     assert jobs.dtype == torch.int32 and jobs.shape == (tokens * top_k, 1 + rows)
-    expected = by_hand(routing, slots.tolist(), rows)
+    expected = on_the_host(routing, slots.tolist(), rows)
     assert jobs[: len(expected)].tolist() == expected
     empty = [expected[-1][0], *[NOBODY] * rows]
     assert jobs[len(expected) :].tolist() == [empty] * (len(jobs) - len(expected))
@@ -52,8 +52,28 @@ def test_grouping_is_recorded_and_follows_what_is_routed_later() -> None:
     for routing in ([[0, 1], [0, 2], [7, 1]], [[3, 4], [3, 4], [3, 4]]):
         index.copy_(torch.tensor(routing))
         launch()
-        expected = by_hand(np.array(routing), slots.tolist(), 4)
+        expected = on_the_host(np.array(routing), slots.tolist(), 4)
         assert jobs[: len(expected)].tolist() == expected
+
+
+def test_the_kernels_take_the_jobs_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed (it is in the dev extra)")
+    few_programs(monkeypatch)
+    for _ in interpret():
+        experts = make_experts(64, 32, "int4", slots=3)
+        kernels = grouped(experts)
+        slots = np.array([[2, 0, 1]])
+        arena, hidden = experts.arena.to(DEVICE), kernels.job_kernels.hidden
+        x = torch.randn(3, hidden, generator=torch.Generator().manual_seed(0))
+        index = torch.tensor([[0, 2], [0, 1], [0, 2]])
+        weights = torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
+        resident = ResidentExperts(kernels.job_kernels, arena, slots, lambda routing, weights: None)
+        joined = resident(0, x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)).cpu()
+        expected = torch.zeros(3, hidden, dtype=torch.float64)
+        for token in range(3):
+            for expert, weight in zip(index[token].tolist(), weights[token].tolist(), strict=True):
+                expected[token] += weight * experts.expected(int(slots[0, expert]), x[token : token + 1])[0]
+        assert error(joined, expected) < 1e-6
 
 
 @pytest.fixture(scope="module")
