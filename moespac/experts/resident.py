@@ -51,15 +51,17 @@ class ResidentExperts:
     def __init__(
         self,
         kernels: JobKernels,
-        arena: torch.Tensor,
+        arena: Callable[[], torch.Tensor],
         slots: NDArray[np.int64],
         ran: Callable[[NDArray[np.int64], NDArray[np.float32]], None],
     ) -> None:
-        """``slots`` (layers, experts) of ``arena``; ``ran`` is told the routing (layers, T, k) of each pass, and
-        its weights, both its own to keep."""
-        self.arena = arena
+        """``slots`` (layers, experts) of ``arena``, which is asked for and not held: recordings outlive it.
+
+        ``ran`` is told the routing (layers, T, k) of each pass, and its weights, both its own to keep.
+        """
+        self._arena = arena
         self._kernels = kernels
-        self._slots = torch.from_numpy(slots).to(arena.device)
+        self._slots = torch.from_numpy(slots).to(arena().device)
         self._ran = ran
 
     def __call__(
@@ -70,7 +72,7 @@ class ResidentExperts:
         inner = x.new_empty(tokens * top_k, kernels.width, dtype=torch.float32)
         out = x.new_empty(tokens * top_k, kernels.hidden, dtype=torch.float32)
         joined = torch.empty_like(x)
-        kernels.run(x, top_k, self.arena, jobs, inner, out)
+        kernels.run(x, top_k, self._arena(), jobs, inner, out)
         kernels.join(out, weights, joined)
         return joined
 

@@ -103,7 +103,7 @@ class ExpertRuntime:
         elif self._resident is None:  # none of them leaves its slot any more: there is one for each
             slots = np.array([tier.slot(expert) for expert in range(self._shape.total)], dtype=np.int64)
             by_layer = slots.reshape(self._shape.layers, self._shape.experts)
-            self._resident = ResidentExperts(kernels, accelerator.arena, by_layer, self._ran_resident)
+            self._resident = ResidentExperts(kernels, lambda: accelerator.arena, by_layer, self._ran_resident)
         return self._resident
 
     def close(self) -> None:

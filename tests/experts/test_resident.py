@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +64,11 @@ def test_the_kernels_take_the_jobs_as_they_are(monkeypatch: pytest.MonkeyPatch) 
         experts = make_experts(64, 32, "int4", slots=3)
         kernels = grouped(experts)
         slots = np.array([[2, 0, 1]])
-        arena, hidden = experts.arena.to(DEVICE), kernels.job_kernels.hidden
+        hidden = kernels.job_kernels.hidden
         x = torch.randn(3, hidden, generator=torch.Generator().manual_seed(0))
         index = torch.tensor([[0, 2], [0, 1], [0, 2]])
         weights = torch.rand(3, 2, generator=torch.Generator().manual_seed(1))
-        resident = ResidentExperts(kernels.job_kernels, arena, slots, lambda routing, weights: None)
+        resident = ResidentExperts(kernels.job_kernels, partial(experts.arena.to, DEVICE), slots, print)
         joined = resident(0, x.to(DEVICE), index.to(DEVICE), weights.to(DEVICE)).cpu()
         expected = torch.zeros(3, hidden, dtype=torch.float64)
         for token in range(3):
