@@ -33,14 +33,16 @@ class Summary:
     hit_rate: float | None  # active experts that were resident where they were computed, in decode passes
     bytes_read: dict[str, int]  # from storage, and over the link to the accelerator
     peak_bytes: dict[str, int]  # of expert slots in use, since the engine was loaded
-    host_us_per_layer: float | None  # microseconds of the host's own between a router's choice and the next launch,
-    launches_per_layer: float | None  # and launches of the trunk; None where it does not run as recordings
     seconds: dict[str, float]  # by cause; accelerator_experts overlaps with the others, which add up to total
     policy: str
     drafter: str
     window: int | str  # K as asked for; 0 where the model's cache cannot be rewound
     exactness: str
     versions: dict[str, str]
+    # Where the trunk runs as recordings: the host's own microseconds from a router's choice to the next launch, and
+    # launches of the trunk.
+    host_us_per_layer: float | None = None
+    launches_per_layer: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
