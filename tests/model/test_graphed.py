@@ -313,6 +313,7 @@ def test_drafts_on_cuda(monkeypatch) -> None:
     assert isinstance(feeding._trunk, GraphedTrunk)
     tokens = TOKENS[:20].tolist()
     for k in (1, 4, 8, 20, 4):
-        assert feeding.propose(tokens, k).tokens == (expected := stepping.propose(tokens, k).tokens)
+        expected = stepping.propose(tokens, k).tokens
+        assert feeding.propose(tokens, k).tokens == expected
         tokens += expected[: k // 2 + 1]
     assert feeding._trunk._recorder.captures
