@@ -25,6 +25,15 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class GraphConfig:
+    """The trunk on a GPU, as CUDA graphs. Not measured on one yet."""
+
+    most_tokens: int = 17  # of a window: 16 drafted, the paper's most, and one; longer ones are prompts
+    least_bucket: int = 256  # tokens that attention reads at least: fewer save nothing that can be measured
+    windows_kept: int = 24  # recorded pairs of size and bucket; each is as many graphs as layers
+
+
+@dataclass(frozen=True)
 class GroupedConfig:
     """How a layer's experts are computed on an accelerator; by data sheets (docs/accelerator-kernels.md)."""
 
@@ -438,6 +447,7 @@ class EngineConfig:
     """All of it: what ``moespac.load`` assembles from its arguments."""
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    graphs: GraphConfig = field(default_factory=GraphConfig)
     method: PolicyConfig = field(default_factory=PolicyConfig)
     policy: str = "moe-spac"
     window: int | Literal["auto"] = (

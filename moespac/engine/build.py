@@ -27,6 +27,7 @@ from moespac.experts.movers import LinkCopier, StorageReader, host_arena
 from moespac.experts.runtime import ExpertRuntime
 from moespac.experts.store import CheckpointStore, ExpertStore, PackedStore
 from moespac.experts.workers import Bell
+from moespac.model.graphed import GraphedTrunk
 from moespac.model.index import build_index
 from moespac.model.lean import LeanTrunk
 from moespac.model.load import choose_dtype, load_tokenizer, load_trunk
@@ -101,11 +102,13 @@ def load(
 
     for module in modules:
         module.stand_in()
-    trunk = open_trunk(network, torch.get_num_threads())
-    runtime = _build_runtime(store, skeleton, find_routers(network, modules), config, device, compute_dtype)
+    clock = PassClock(time.perf_counter)
+    trunk = open_trunk(network, torch.get_num_threads(), clock, config.graphs)
+    routers = find_routers(network, modules)
+    runtime = _build_runtime(store, skeleton, routers, config, device, compute_dtype, clock)
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
-    if isinstance(trunk, LeanTrunk):
+    if isinstance(trunk, LeanTrunk | GraphedTrunk):
         trunk.attach(runtime)
     drafter = _build_drafter(draft, network, tokenizer, compute_dtype, runtime)
     profile_file = _profile_file(profile, fingerprint)
@@ -140,12 +143,12 @@ def _build_runtime(
     config: EngineConfig,
     device: torch.device,
     dtype: torch.dtype,
+    clock: PassClock,
 ) -> ExpertRuntime:
     memory, shape, bell = config.memory, store.shape, Bell()
     capacity = _capacity(memory, shape, device)
     policy = make_policy(config.policy, shape, capacity, config.method)
     arena = host_arena(capacity.host, shape.record_bytes)
-    clock = PassClock(time.perf_counter)
     reader = StorageReader(store, arena, memory, bell, clock.tape)
     accelerator = link = None
     if capacity.accelerator:
@@ -158,7 +161,8 @@ def _build_runtime(
     kernel = HostKernel.build(prototype, store.layout, threads)
     math = ExpertMath(prototype, store.layout)
     grouped = GroupedExperts.build(prototype, store.layout, device, dtype) if accelerator else None
-    computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1, grouped)
+    job_kernels = grouped.job_kernels if grouped else None
+    computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1, grouped, job_kernels)
     return ExpertRuntime(store, tiers, policy, computers, routers, clock)
 
 

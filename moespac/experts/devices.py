@@ -18,6 +18,7 @@ from moespac.experts.accelerator import Accelerator
 from moespac.experts.compute import ExpertMath
 from moespac.experts.grouped import GroupedExperts
 from moespac.experts.kernels import HostKernel
+from moespac.experts.resident import JobKernels
 from moespac.experts.workers import Ticket
 from moespac.timeline import expert_name
 
@@ -32,6 +33,7 @@ class Computers:
     accelerator: Accelerator | None
     host_threads: int
     grouped: GroupedExperts | None = None  # None: the accelerator computes its experts one by one in torch
+    job_kernels: JobKernels | None = None  # its kernels, for jobs that are made on the device
 
 
 class Groups:

@@ -88,6 +88,11 @@ class GroupedExperts:
             return None
         return grouped
 
+    @property
+    def job_kernels(self) -> Launcher:
+        """For jobs that are on the device already."""
+        return self._launcher
+
     def run(
         self,
         x: torch.Tensor,
