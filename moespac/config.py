@@ -25,6 +25,36 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class DeviceConfig:
+    """How a CUDA card's memory is shared out, and how it is kept busy."""
+
+    context: int = 8192  # tokens whose KV caches have room beside the experts; longer texts take slots back
+    kv_growth: float = 1.5  # of its final size: a cache that doubles holds the old half while it is copied
+    graph_pool: int = 256 << 20  # CUDA graphs' private pool: a window's activations, shared by all layers
+    reserve: int = (
+        1 << 30
+    )  # a prefill chunk of 2048 tokens (0.3-0.6 GiB for models of 30B), cuBLAS, fragments
+    copies_ahead: int = (
+        2  # copies on the stream: one runs, one is behind it; more cannot be taken back or overtaken
+    )
+    arena_piece: int = 64 << 20  # given back at once: 1% of a small card's slots; 160 mappings for 10 GiB
+    shrink_share: float = (
+        0.05  # of the slots, when memory runs out; twice as many each time that is not enough
+    )
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How costs are measured when a model is loaded: as much as two seconds can tell."""
+
+    tokens: tuple[int, ...] = (1, 4, 16)  # decoding, a draft of ordinary length, the longest; linear between
+    records_bytes: int = 128 << 20  # read, copied and computed in turn: more than caches hold
+    experts_most: int = 64  # of small records too: a hundred tiny ones say nothing more
+    repeats: int = 3  # the least counts: others can only disturb
+    seconds: float = 1.0  # after which no further repeat begins
+
+
+@dataclass(frozen=True)
 class ContextConfig:
     """How the routing of all layers together corrects the expectation of each expert. Values: docs/log.md."""
 
@@ -366,8 +396,12 @@ class PlanConfig:
     )
     error: float = 0.25  # of the simulator on a machine that was measured, added on both sides (docs/plan.md)
     enough: float = 0.8  # a more exact format is recommended if it is this near to the fastest
-    reserve_bytes: int = 1 << 30  # of the trunk's memory: KV cache of some thousand tokens, activations, buffers
-    drafter_share: float = 0.1  # bytes of a draft model beside its target's trunk: 0.6B drafters of 30B targets
+    reserve_bytes: int = (
+        1 << 30
+    )  # of the trunk's memory: KV cache of some thousand tokens, activations, buffers
+    drafter_share: float = (
+        0.1  # bytes of a draft model beside its target's trunk: 0.6B drafters of 30B targets
+    )
     drafter_window: int = 4
     drafter_acceptance: float = 0.7  # of a draft model of the target's family, on prose and code
 
@@ -378,7 +412,9 @@ class ServeConfig:
 
     queue: int = 32  # requests that wait; one more is told when to come again
     parallel: int = 4  # answers that take turns: each holds a KV cache, and the others' experts go cold
-    turn_windows: int = 4  # windows a turn: as long as an expert stays resident (BalanceConfig), so that a turn
+    turn_windows: int = (
+        4  # windows a turn: as long as an expert stays resident (BalanceConfig), so that a turn
+    )
     # finds again what it fetched; a drafter's and a reader's patience allow more
     max_tokens_limit: int = 0  # of one answer; 0: as many as the context holds
     body_bytes: int = 2 << 20  # of one request: half a million tokens of text
@@ -420,6 +456,8 @@ class EngineConfig:
     """All of it: what ``moespac.load`` assembles from its arguments."""
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     method: PolicyConfig = field(default_factory=PolicyConfig)
     policy: str = "moe-spac"
     window: int | Literal["auto"] = (
