@@ -250,6 +250,8 @@ class DoctorConfig:
     much_swap: int = 1 << 30  # less is what systems swap out of idle programs
     slow_storage: float = 5e8  # below SATA disks' rate: hard disks, network file systems
     slow_link: float = 8e9  # PCIe 3.0 x16 reaches 12 GB/s
+    page_lock_bytes: int = 4 << 30  # tried at most: beyond the usual small limits, and two seconds
+    page_lock_slot: int = 16 << 20
 
 
 @dataclass(frozen=True)

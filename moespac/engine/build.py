@@ -64,7 +64,7 @@ def load(
     window: int | Literal["auto"] = "auto",
     dtype: str = "auto",
     profile: str | Path | None = "auto",
-    context: int = DeviceConfig.context,
+    accelerator_context: int = DeviceConfig.context,
     asynchronous: bool = True,
 ) -> Engine:
     """Load a model whose experts do not fit fast memory.
@@ -80,16 +80,16 @@ def load(
     dtype: what is computed in; "auto" is float32 on a CPU and bfloat16 on a GPU.
     profile: where what is learned about the model's routing is kept between runs; "auto" is the user's cache
         directory, None keeps nothing.
-    context: tokens of prompt and answer whose KV caches are to fit the accelerator beside the experts; when a text
-        grows longer, experts make way.
+    accelerator_context: tokens of prompt and answer whose KV caches are to fit a GPU beside the experts; when a
+        text grows longer, experts make way.
     asynchronous: False runs every transfer where it is issued, on one thread.
 
     Raises ModelError, CheckpointError, DraftError or ConfigError, each with one line on what to do.
     """
     if window != "auto" and window < 0:
         raise ConfigError(f"window {window}: must be 0 or more drafted tokens, or auto")
-    if context < 1:
-        raise ConfigError(f"context {context}: must be at least 1 token")
+    if accelerator_context < 1:
+        raise ConfigError(f"accelerator_context {accelerator_context}: must be at least 1 token")
     memory = replace(
         MemoryConfig(),
         host_memory=host_memory,
@@ -97,7 +97,10 @@ def load(
         asynchronous=asynchronous,
     )
     config = EngineConfig(
-        memory=memory, device=replace(DeviceConfig(), context=context), policy=policy, window=window
+        memory=memory,
+        device=replace(DeviceConfig(), context=accelerator_context),
+        policy=policy,
+        window=window,
     )
     path = DEMO / "target" if model is None else Path(model)
     if draft == "auto":

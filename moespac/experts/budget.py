@@ -95,7 +95,7 @@ def device_slots(budget: str, shape: ModelShape, free_bytes: int, needs: DeviceN
     if budget == "auto":
         if fit < 1:
             raise ConfigError(
-                f"--accelerator-memory auto: no expert fits ({why}); give a shorter --context, "
+                f"--accelerator-memory auto: no expert fits ({why}); give a shorter --accelerator-context, "
                 "a smaller draft model, or experts in a smaller format"
             )
         slots = min(fit, shape.total)
@@ -105,7 +105,7 @@ def device_slots(budget: str, shape: ModelShape, free_bytes: int, needs: DeviceN
     if slots > fit:
         raise ConfigError(
             f"--accelerator-memory {budget}: {_gb(slots * shape.record_bytes)} do not fit ({why}); give at most "
-            f"{room // 10**6}MB, or auto, or a shorter --context"
+            f"{room // 10**6}MB, or auto, or a shorter --accelerator-context"
         )
     return slots
 

@@ -42,5 +42,6 @@ def open_accelerator(
             f"{slots * record_bytes / 1e9:.2f} GB in one piece; close other programs that use it, or give less"
         ) from None
     lock = PageLock(host, CudaRegistrar())
+    lock.report()
     driver = TorchDriver(device)
     return CudaAccelerator(driver, arena, lock, bell, asynchronous, config.device.copies_ahead, tape)

@@ -1,4 +1,4 @@
-"""A card that is not there: streams are threads that run what is put on them, in order and later, as a card does."""
+"""A card that is not there: streams are threads that run what is put on them, in order and later."""
 
 from __future__ import annotations
 

@@ -69,12 +69,24 @@ class PageLock:
         self._begin = arena.data_ptr()
         self._registered: list[int] = []  # addresses
         self._locked = self._lock()
-        self._say()
 
     @property
     def share(self) -> float:
         """Of the slots."""
         return self._locked / self._slots
+
+    def report(self) -> None:
+        """In the log: what became of it."""
+        locked, total = (n * self._record_bytes / 1e9 for n in (self._locked, self._slots))
+        if self._locked == self._slots:
+            log.info("all %.2f GB of host memory for experts are page-locked", total)
+        else:
+            log.warning(
+                "%.2f of %.2f GB of host memory for experts could be page-locked; the rest is copied by way of a "
+                "small buffer, more slowly: raise the limit (ulimit -l, a container's memlock, .wslconfig)",
+                locked,
+                total,
+            )
 
     def covers(self, record: torch.Tensor) -> bool:
         """Whether this slot of the arena is locked."""
@@ -104,15 +116,3 @@ class PageLock:
             else:
                 attempt //= 2
         return locked
-
-    def _say(self) -> None:
-        locked, total = (n * self._record_bytes / 1e9 for n in (self._locked, self._slots))
-        if self._locked == self._slots:
-            log.info("all %.2f GB of host memory for experts are page-locked", total)
-        else:
-            log.warning(
-                "%.2f of %.2f GB of host memory for experts could be page-locked; the rest is copied by way of a "
-                "small buffer, more slowly: raise the limit (ulimit -l, a container's memlock, .wslconfig)",
-                locked,
-                total,
-            )
