@@ -121,7 +121,11 @@ class DeviceTicket:
 
 
 class Watcher:
-    """Waits for jobs of one stream, in the order in which they lie there, and rings the bell after each."""
+    """Waits for jobs of one stream, in the order in which they lie there, and rings the bell after each.
+
+    It asks the device at any moment, which CUDA forbids while another thread captures a graph in the default mode:
+    captures are to be made with ``capture_error_mode="thread_local"``.
+    """
 
     def __init__(self, lane: str, events: EventPool, bell: Bell, tape: Tape, asynchronous: bool) -> None:
         """Not ``asynchronous``: ``watch`` itself waits."""
