@@ -21,12 +21,13 @@ PAGE = 4096
 
 
 class FakeStream:
-    """What is put on it runs later, on a thread. ``gate``: closed, nothing runs."""
+    """What is put on it runs later, on a thread. ``gate``: while it is closed, nothing does."""
 
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
         self.put = 0  # jobs so far
+        self.delay = 0.0  # seconds that each thing on it takes at least
         self.failure: Exception | None = None  # of a job: a card tells whoever asks next
         self._condition = threading.Condition()
         self._work: deque[Callable[[], object] | None] = deque()
@@ -52,6 +53,7 @@ class FakeStream:
             if work is None:
                 return
             self.gate.wait()
+            time.sleep(self.delay)
             try:
                 work()
             except Exception as error:

@@ -51,6 +51,8 @@ class MemoryMachine(RuleBasedStateMachine):
         self.threads_before = threading.active_count()
         self.store = FakeStore(LAYERS, EXPERTS)
         card = FakeDriver() if self.cuda else None
+        if card is not None:
+            card.copy_stream.delay = 1e-3  # who does not wait for it is too early
         self.memory = Memory(self.store, host, device, self.asynchronous, card)
         self.link_gate = threading.Event()  # copies wait for it
         self.link_gate.set()
