@@ -178,7 +178,7 @@ def _build_runtime(
     math = ExpertMath(prototype, store.layout)
     computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1)
     policy = make_policy(config.policy, shape, capacity, config.method)
-    if accelerator is not None and link is not None:
+    if accelerator is not None and link is not None and not accelerator.stands_in:
         bench = Workbench(store, reader, link, computers, bell, skeleton.hidden_size, dtype)
         costs = known_costs(bench, fingerprint, config.calibration)
         if costs is not None:

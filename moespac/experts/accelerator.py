@@ -22,6 +22,7 @@ class Accelerator(Protocol):
 
     device: torch.device
     keeps: bool  # whether ``shrink`` leaves what is in the slots that remain
+    stands_in: bool  # for a card that is not there: what it takes itself is not worth measuring
 
     @property
     def arena(self) -> torch.Tensor:

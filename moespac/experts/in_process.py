@@ -17,6 +17,7 @@ class InProcessAccelerator:
 
     device = torch.device("cpu")
     keeps = True
+    stands_in = True
     page_locked = None
 
     def __init__(

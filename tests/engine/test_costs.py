@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,17 @@ import moespac
 from moespac.engine import costs
 from moespac.errors import StorageError
 from moespac.experts.calibrate import Workbench
+from moespac.experts.open_accelerator import open_accelerator
 from moespac.policy.cost import CostModel
+from tests.engine.cuda import cuda_in_place_of_a_card
 from tests.families import save_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A stand-in in process is not measured; one for CUDA is."""
+    with cuda_in_place_of_a_card(monkeypatch):
+        yield
 
 
 @pytest.fixture
@@ -117,6 +127,14 @@ def test_what_cannot_be_used_is_measured_again(
 
 def test_without_an_accelerator_nothing_is_measured(cache: Path, checkpoint: Path, measured: list) -> None:
     load(checkpoint, accelerator="none")
+    assert not measured and not cache.exists()
+
+
+def test_a_stand_in_for_a_card_is_not_measured(
+    cache: Path, checkpoint: Path, measured: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moespac.engine.build.open_accelerator", open_accelerator)
+    load(checkpoint)
     assert not measured and not cache.exists()
 
 

@@ -184,7 +184,7 @@ def test_a_cache_that_a_failed_pass_leaves_half_grown(
 
 def test_a_job_that_runs_out_of_memory(checkpoint: Path, tier: str) -> None:
     """On the accelerator: the temporaries of its experts."""
-    with open_engine(checkpoint) as engine:
+    with open_engine(checkpoint, policy="lru") as engine:  # which computes them all there
         accelerator = engine.runtime._computers.accelerator
         compute, failures = accelerator.compute, 3
 

@@ -29,6 +29,8 @@ _JOBS_IN_FLIGHT = (
 class CudaAccelerator:
     """Implements ``accelerator.Accelerator``. Not ``asynchronous``: every ticket is born done."""
 
+    stands_in = False
+
     def __init__(
         self,
         driver: Driver,
