@@ -107,6 +107,17 @@ class MemoryMachine(RuleBasedStateMachine):
             tier, expert = self.pinned.pop()
             tier.release(expert)
 
+    @precondition(lambda self: self.memory.accelerator is not None)
+    @rule(expert=some_expert)
+    def copy(self, expert: int) -> None:
+        """Read first, then left on its way to the accelerator: by chance this comes together too seldom."""
+        self.quiesce()
+        if not self.memory.host.ready[expert]:
+            self.memory.demand_host(expert, self.retention)
+            self.quiesce()
+        if self.memory.host.ready[expert] and not self.memory.accelerator.ready[expert]:
+            self.memory.demand_accelerator(expert, self.retention)
+
     @precondition(lambda self: self.memory.accelerator is not None and self.memory.accelerator.slots > 1)
     @rule(slots=st.integers(1, 2))
     def shrink(self, slots: int) -> None:
