@@ -23,6 +23,7 @@ from moespac.experts.budget import DeviceNeeds, available_host_bytes, device_slo
 from moespac.experts.calibrate import Workbench
 from moespac.experts.compute import ExpertMath
 from moespac.experts.devices import Computers
+from moespac.experts.grouped import GroupedExperts
 from moespac.experts.kernels import HostKernel
 from moespac.experts.manifest import is_pack
 from moespac.experts.movers import LinkCopier, StorageReader, host_arena
@@ -30,6 +31,7 @@ from moespac.experts.open_accelerator import open_accelerator
 from moespac.experts.runtime import ExpertRuntime
 from moespac.experts.store import CheckpointStore, ExpertStore, PackedStore
 from moespac.experts.workers import Bell
+from moespac.model.graphed import GraphedTrunk
 from moespac.model.index import build_index
 from moespac.model.kv_size import kv_bytes_per_token
 from moespac.model.lean import LeanTrunk
@@ -117,15 +119,18 @@ def load(
 
     for module in modules:
         module.stand_in()
-    trunk = open_trunk(network, torch.get_num_threads())
+    clock = PassClock(time.perf_counter)
+    trunk = open_trunk(network, torch.get_num_threads(), clock, config.graphs)
     with _fitting(device, "the draft model"):
         source = _draft_source(draft, network, tokenizer, compute_dtype)
     needs = _device_needs(config.device, [network, source], compute_dtype)
     routers = find_routers(network, modules)
-    runtime = _build_runtime(store, skeleton, routers, config, device, needs, fingerprint, compute_dtype)
+    runtime = _build_runtime(
+        store, skeleton, routers, config, device, needs, fingerprint, compute_dtype, clock
+    )
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
-    if isinstance(trunk, LeanTrunk):
+    if isinstance(trunk, LeanTrunk | GraphedTrunk):
         trunk.attach(runtime)
     drafter = _build_drafter(source, network, runtime)
     profile_file = _profile_file(profile, fingerprint)
@@ -162,11 +167,11 @@ def _build_runtime(
     needs: DeviceNeeds,
     fingerprint: str,
     dtype: torch.dtype,
+    clock: PassClock,
 ) -> ExpertRuntime:
     memory, shape, bell = config.memory, store.shape, Bell()
     capacity = _capacity(memory, shape, device, needs)
     arena = host_arena(capacity.host, shape.record_bytes)
-    clock = PassClock(time.perf_counter)
     reader = StorageReader(store, arena, memory, bell, clock.tape)
     accelerator = link = None
     if capacity.accelerator:
@@ -176,7 +181,9 @@ def _build_runtime(
     prototype, threads = next(iter(skeleton.experts.values())), torch.get_num_threads()
     kernel = HostKernel.build(prototype, store.layout, threads)
     math = ExpertMath(prototype, store.layout)
-    computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1)
+    grouped = GroupedExperts.build(prototype, store.layout, device, dtype) if accelerator else None
+    job_kernels = grouped.job_kernels if grouped else None
+    computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1, grouped, job_kernels)
     policy = make_policy(config.policy, shape, capacity, config.method)
     if accelerator is not None and link is not None and not accelerator.stands_in:
         bench = Workbench(store, reader, link, computers, bell, skeleton.hidden_size, dtype)
