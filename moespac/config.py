@@ -25,6 +25,36 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class DeviceConfig:
+    """How a CUDA card's memory is shared out, and how it is kept busy."""
+
+    context: int = 8192  # tokens whose KV caches have room beside the experts; longer texts take slots back
+    kv_growth: float = 1.5  # of its final size: a cache that doubles holds the old half while it is copied
+    graph_pool: int = 256 << 20  # CUDA graphs' private pool: a window's activations, shared by all layers
+    reserve: int = (
+        1 << 30
+    )  # a prefill chunk of 2048 tokens (0.3-0.6 GiB for models of 30B), cuBLAS, fragments
+    copies_ahead: int = (
+        2  # copies on the stream: one runs, one is behind it; more cannot be taken back or overtaken
+    )
+    arena_piece: int = 64 << 20  # given back at once: 1% of a small card's slots; 160 mappings for 10 GiB
+    shrink_share: float = (
+        0.05  # of the slots, when memory runs out; twice as many each time that is not enough
+    )
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How costs are measured when a model is loaded: as much as two seconds can tell."""
+
+    tokens: tuple[int, ...] = (1, 4, 16)  # decoding, a draft of ordinary length, the longest; linear between
+    records_bytes: int = 128 << 20  # read, copied and computed in turn: more than caches hold
+    experts_most: int = 64  # of small records too: a hundred tiny ones say nothing more
+    repeats: int = 3  # the least counts: others can only disturb
+    seconds: float = 1.0  # after which no further repeat begins
+
+
+@dataclass(frozen=True)
 class GraphConfig:
     """The trunk on a GPU, as CUDA graphs. Not measured on one yet."""
 
@@ -38,10 +68,14 @@ class GroupedConfig:
     """How a layer's experts are computed on an accelerator; by data sheets (docs/accelerator-kernels.md)."""
 
     window_tokens: int = 32  # a pass's, up to which dot products in float32 keep up with memory: any window
-    torch_multiplications: float = 5e9  # an expert's in a pass, from which on torch's own matmul, twice as fast,
+    torch_multiplications: float = (
+        5e9  # an expert's in a pass, from which on torch's own matmul, twice as fast,
+    )
     # makes up for the 80 us that its dozen launches take: 1,000 tokens of a 2048 x 768 expert
     job_bytes: int = 16 << 10  # staged for a launch, at first: four times what 128 experts' jobs take
-    tolerance: float = 2e-2  # of the norm, when the kernels are tried against torch: in bfloat16 a prompt errs
+    tolerance: float = (
+        2e-2  # of the norm, when the kernels are tried against torch: in bfloat16 a prompt errs
+    )
     # by some 5e-3, a wrong gate or layout by 1e-1
 
 
@@ -241,6 +275,8 @@ class DoctorConfig:
     much_swap: int = 1 << 30  # less is what systems swap out of idle programs
     slow_storage: float = 5e8  # below SATA disks' rate: hard disks, network file systems
     slow_link: float = 8e9  # PCIe 3.0 x16 reaches 12 GB/s
+    page_lock_bytes: int = 4 << 30  # tried at most: beyond the usual small limits, and two seconds
+    page_lock_slot: int = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -447,6 +483,8 @@ class EngineConfig:
     """All of it: what ``moespac.load`` assembles from its arguments."""
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     graphs: GraphConfig = field(default_factory=GraphConfig)
     method: PolicyConfig = field(default_factory=PolicyConfig)
     policy: str = "moe-spac"

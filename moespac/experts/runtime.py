@@ -94,6 +94,25 @@ class ExpertRuntime:
         self._routing, self._weights = [], []
         self.memory.quiesce()
 
+    def shrink_accelerator(self, share: float) -> int:
+        """Between passes: give back ``share`` of the accelerator's slots, all but one at most; returns how many."""
+        tier, accelerator = self.memory.accelerator, self._computers.accelerator
+        assert tier is not None and accelerator is not None
+        slots = max(1, min(tier.slots - 1, int(tier.slots * (1 - share))))
+        given = tier.slots - slots
+        if given:
+            moves = self.memory.shrink_accelerator(slots, self._retention(-1), accelerator.keeps)
+            accelerator.shrink(slots, moves)
+            self.policy.resize(self.memory.residency.capacity)
+            self.stats.shrinks += 1
+        return given
+
+    @property
+    def page_locked(self) -> float | None:
+        """Share of the host's slots that are copied at the link's full speed; None: there is no such difference."""
+        accelerator = self._computers.accelerator
+        return None if accelerator is None else accelerator.page_locked
+
     def resident(self) -> ResidentExperts | None:
         """All experts as work of the accelerator's own, while it has every one of them, and kernels for it."""
         accelerator, kernels = self._computers.accelerator, self._computers.job_kernels
