@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from moespac.experts.devices import Computers
 from moespac.experts.kernels import HostKernel
 from moespac.experts.manifest import is_pack
 from moespac.experts.movers import LinkCopier, StorageReader, host_arena
-from moespac.experts.runtime import ExpertRuntime
+from moespac.experts.runtime import ExpertRuntime, OffloadedExperts
 from moespac.experts.store import CheckpointStore, ExpertStore, PackedStore
 from moespac.experts.workers import Bell
 from moespac.model.index import build_index
@@ -95,19 +95,37 @@ def load(
     device = _device(config)
     compute_dtype = choose_dtype(dtype, device)
     network, modules = load_trunk(path, skeleton, entries, compute_dtype, device)
-    tokenizer = load_tokenizer(path)
+    parts = ModelParts(skeleton, store, network, modules, load_tokenizer(path))
+    return assemble(parts, draft, config, _profile_file(profile, fingerprint))
 
+
+@dataclass(frozen=True)
+class ModelParts:
+    """A model that is loaded, its experts left where they are."""
+
+    skeleton: Skeleton
+    store: ExpertStore
+    network: PreTrainedModel  # on the device that it computes on
+    modules: list[OffloadedExperts]  # of ``network``, by MoE layer
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def assemble(
+    parts: ModelParts, draft: str | Path, config: EngineConfig, profile_file: Path | None = None
+) -> Engine:
+    """``draft``, ``profile_file``: as ``load`` and ``Engine`` take them, "auto" apart. Raises as ``load``."""
+    network, modules = parts.network, parts.modules
     for module in modules:
         module.stand_in()
     trunk = open_trunk(network, torch.get_num_threads())
-    runtime = _build_runtime(store, skeleton, find_routers(network, modules), config, device)
+    routers = find_routers(network, modules)
+    runtime = _build_runtime(parts.store, parts.skeleton, routers, config, network.device)
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
-    drafter = _build_drafter(draft, network, tokenizer, compute_dtype, runtime)
-    profile_file = _profile_file(profile, fingerprint)
+    drafter = _build_drafter(draft, network, parts.tokenizer, network.dtype, runtime)
     if profile_file is not None:
         runtime.policy.load_profile(profile_file)
-    return Engine(network, trunk, tokenizer, runtime, drafter, config, profile_file)
+    return Engine(network, trunk, parts.tokenizer, runtime, drafter, config, profile_file)
 
 
 def _open_store(path: Path, skeleton: Skeleton) -> tuple[ExpertStore, list[TensorEntry], str]:

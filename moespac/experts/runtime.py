@@ -47,7 +47,8 @@ class ExpertRuntime:
         self.stats = ExpertStats()
         self.recorder: Callable[[Observation], None] | None = None  # sees what the policy sees
         self._computers = computers
-        self._routers = routers if Sensor.NEXT_GATE in policy.sensors else [None] * store.shape.layers
+        self._routers = routers
+        self._asks_next_gate = Sensor.NEXT_GATE in policy.sensors
         self._shape = store.shape
         self._window: Window | None = None
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
@@ -84,6 +85,14 @@ class ExpertRuntime:
         self._window = None
         self._routing, self._weights = [], []
         self.memory.quiesce()
+
+    def adopt(self, policy: Policy) -> None:
+        """Go on under another policy, with an empty accelerator: what is there it did not choose. Between requests
+        only."""
+        self.memory.begin_anew(policy.costs)
+        self.policy = policy
+        self._asks_next_gate = Sensor.NEXT_GATE in policy.sensors
+        self.stats = ExpertStats()
 
     def close(self) -> None:
         """Stop all threads and free the tiers."""
@@ -130,7 +139,8 @@ class ExpertRuntime:
 
     def _foresee(self, layer: int, x: torch.Tensor) -> None:
         """Tell the policy what the gate of ``layer`` says to the hidden states of the layer before it."""
-        router = self._routers[layer] if layer < self._shape.layers else None
+        asked = self._asks_next_gate and layer < self._shape.layers
+        router = self._routers[layer] if asked else None
         guess = ask_router(router, x) if router is not None else None
         if guess is not None:
             self.policy.foresee_layer(layer, Groups(guess.cpu().numpy(), self._shape.experts).counts)
