@@ -240,7 +240,7 @@ def _run(wish: Wish, seconds: float, file: Path) -> None:
     """Add a record a run to ``file``. Raises ConfigError for a file of another setting."""
     from moespac.bench.decode.records import check_same
     from moespac.bench.gpu.jobs import jobs_of
-    from moespac.bench.gpu.records import read_records
+    from moespac.bench.gpu.records import SKIPPED, read_records
     from moespac.bench.gpu.runs import run_all
 
     ResultFile(file, "--out")
@@ -248,9 +248,18 @@ def _run(wish: Wish, seconds: float, file: Path) -> None:
     if before:
         check_same(vars(before[0].setting), vars(wish.setting), f"--out {file}")
 
+    left_out = ""  # said last
+
     def keep(record: GpuRecord) -> None:
+        nonlocal left_out
         with file.open("a", encoding="utf-8") as stream:
             stream.write(record.to_json() + "\n")
+        if record.status == SKIPPED:
+            said = f"{record.model} {record.budget:.0%} is left out: {record.reason}"
+            if said != left_out:
+                typer.echo(said, err=True)
+            left_out = said
+            return
         rate = f"{record.rate:.2f} tokens/s" if record.timed else record.reason or record.status
         typer.echo(f"{record.model} {record.budget:.0%}  {record.contender}: {rate}", err=True)
 

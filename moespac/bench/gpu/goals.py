@@ -112,7 +112,7 @@ def behind_compiled(records: Sequence[GpuRecord]) -> Goal:
     if RESIDENT not in speeds or COMPILED not in speeds:
         return goal
     factor = speeds[COMPILED].rate / speeds[RESIDENT].rate
-    layers = speeds[RESIDENT].setting.layers
+    layers = speeds[RESIDENT].layers
     return replace(goal, value=factor, holds=factor <= BEHIND_COMPILED, who=f"{layers} layers")
 
 

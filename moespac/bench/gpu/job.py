@@ -48,6 +48,8 @@ class Job:
     budget: float  # share of the experts that the accelerator has room for
     runs: tuple[str, ...]
     seconds: float  # that it is expected to take
+    layers: int  # of the shape, the setting's or fewer
+    tokens: int  # decoded of each text
     setting: Setting
     work: str  # folder of the models
 

@@ -26,6 +26,8 @@ class GpuRecord(Timed):
     budget: float  # share of the experts that the accelerator had room for
     status: str
     setting: Setting
+    layers: int  # of the model, where it is of the shape
+    wanted: int  # tokens of each text
     versions: dict[str, str]
     started: str
     seconds: float  # of the run with what was loaded for it

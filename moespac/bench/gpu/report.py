@@ -31,12 +31,11 @@ def _setting(records: Sequence[GpuRecord]) -> str:
     device = _figure(records, "device") or setting.device
     link = _figure(records, "link_bandwidth")
     drafts = "at a real draft model's cost" if setting.draft == "model" else "at no cost, as prompt lookup's"
-    shape = next((r.setting for r in records if r.kind == job.ENGINE), setting)
     facts = [
         f"Device: {device}."
         + (f" Its link alone: {link / 1e9:.1f} GB/s." if link else "")
         + (" **A quick run in small: its figures say nothing.**" if setting.quick else ""),
-        f"Model of Qwen3-30B-A3B's shape: {shape.layers} of {GpuBenchConfig.layers} layers of {config.experts}"
+        f"Model of Qwen3-30B-A3B's shape: {setting.layers} of {GpuBenchConfig.layers} layers of {config.experts}"
         f" experts, top-{config.top_k}, {setting.format}; random weights. Routing: {setting.trace}. Drafts are"
         f" right with probability {setting.acceptance:g} each, by replay, {drafts}. {setting.tokens} tokens of"
         f" each text, seed {setting.seed}.",
@@ -86,7 +85,7 @@ def _failures(records: Sequence[GpuRecord]) -> Iterator[str]:
 
 def _cut_short(records: Sequence[GpuRecord]) -> Iterator[str]:
     for record in records:
-        wanted = record.setting.tokens * len(record.texts)
+        wanted = record.wanted * len(record.texts)
         if record.timed and record.tokens < wanted:
             yield (
                 f"{record.contender} ({record.model} at {record.budget:.0%}): its time was up after"

@@ -84,6 +84,8 @@ def record_of(
         budget=task.budget,
         status=status,
         setting=task.setting,
+        layers=task.layers,
+        wanted=task.tokens,
         versions=package_versions(),
         started=started or _now(),
         seconds=0.0,

@@ -81,7 +81,7 @@ _HEAD = (
 
 
 def _title(model: str, budget: float, rows: Sequence[GpuRecord]) -> str:
-    layers = f", {rows[0].setting.layers} layers" if model == SHAPE else ""
+    layers = f", {rows[0].layers} layers" if model == SHAPE else ""
     room = "all experts" if budget == 1 else f"{budget:.0%} of the experts"
     return f"{_NAMES[model]}{layers}: room for {room} on the accelerator"
 
