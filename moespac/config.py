@@ -438,8 +438,12 @@ class PlanConfig:
     )
     error: float = 0.25  # of the simulator on a machine that was measured, added on both sides (docs/plan.md)
     enough: float = 0.8  # a more exact format is recommended if it is this near to the fastest
-    reserve_bytes: int = 1 << 30  # of the trunk's memory: KV cache of some thousand tokens, activations, buffers
-    drafter_share: float = 0.1  # bytes of a draft model beside its target's trunk: 0.6B drafters of 30B targets
+    reserve_bytes: int = (
+        1 << 30
+    )  # of the trunk's memory: KV cache of some thousand tokens, activations, buffers
+    drafter_share: float = (
+        0.1  # bytes of a draft model beside its target's trunk: 0.6B drafters of 30B targets
+    )
     drafter_window: int = 4
     drafter_acceptance: float = 0.7  # of a draft model of the target's family, on prose and code
 
@@ -450,7 +454,9 @@ class ServeConfig:
 
     queue: int = 32  # requests that wait; one more is told when to come again
     parallel: int = 4  # answers that take turns: each holds a KV cache, and the others' experts go cold
-    turn_windows: int = 4  # windows a turn: as long as an expert stays resident (BalanceConfig), so that a turn
+    turn_windows: int = (
+        4  # windows a turn: as long as an expert stays resident (BalanceConfig), so that a turn
+    )
     # finds again what it fetched; a drafter's and a reader's patience allow more
     max_tokens_limit: int = 0  # of one answer; 0: as many as the context holds
     body_bytes: int = 2 << 20  # of one request: half a million tokens of text

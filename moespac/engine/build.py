@@ -27,6 +27,7 @@ from moespac.experts.runtime import ExpertRuntime, OffloadedExperts
 from moespac.experts.store import CheckpointStore, ExpertStore, PackedStore
 from moespac.experts.workers import Bell
 from moespac.model.index import build_index
+from moespac.model.lean import LeanTrunk
 from moespac.model.load import choose_dtype, load_tokenizer, load_trunk
 from moespac.model.routers import find_routers
 from moespac.model.safetensors import TensorEntry, read_header
@@ -122,6 +123,8 @@ def assemble(
     runtime = _build_runtime(parts.store, parts.skeleton, routers, config, network.device)
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
+    if isinstance(trunk, LeanTrunk):
+        trunk.attach(runtime)
     drafter = _build_drafter(draft, network, parts.tokenizer, network.dtype, runtime)
     if profile_file is not None:
         runtime.policy.load_profile(profile_file)

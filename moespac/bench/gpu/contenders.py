@@ -16,6 +16,7 @@ from moespac.policy.registry import ENGINE_POLICIES
 OFFLOAD = "transformers + accelerate"
 COMPILED = "transformers, compiled"
 LLAMA = "llama.cpp, CUDA"
+PROGRAMS = (OFFLOAD, COMPILED, LLAMA)  # others', by themselves
 RESIDENT = "moe-spac, all resident"
 
 _PLAIN = ", K = 0"

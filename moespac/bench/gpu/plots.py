@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moespac.bench.gpu import job
+from moespac.bench.gpu.contenders import PROGRAMS
 from moespac.bench.gpu.goals import is_ours, speeds_of
 from moespac.bench.gpu.job import PAIR, SHAPE
 from moespac.bench.gpu.records import GpuRecord
@@ -38,7 +39,7 @@ def draw_all(records: Sequence[GpuRecord], directory: Path) -> list[Path]:
         speeds = {budget: speeds_of(records, model, budget) for budget in budgets}
         names = _by_speed(speeds)
         plots: dict[str, tuple[Draw, int]] = {
-            "speed": (lambda axes, s=speeds, n=names, m=model: _speed(axes, s, n, m), len(names))  # type: ignore[misc]
+            "speed": (lambda axes, s=speeds, n=names: _speed(axes, s, n), len(names))  # type: ignore[misc]
         }
         engines = sorted(
             (r for r in speeds[budgets[0]].values() if r.kind == job.ENGINE), key=lambda r: -r.rate
@@ -61,7 +62,7 @@ def _by_speed(speeds: dict[float, dict[str, GpuRecord]]) -> list[str]:
     return sorted(fastest, key=lambda name: fastest[name])
 
 
-def _speed(axes: Axes, speeds: dict[float, dict[str, GpuRecord]], names: Sequence[str], model: str) -> None:
+def _speed(axes: Axes, speeds: dict[float, dict[str, GpuRecord]], names: Sequence[str]) -> None:
     """A row a contender, a mark a share, joined so that the gain of more memory is seen."""
     rows = {name: at for at, name in enumerate(names)}
     for name, at in rows.items():
@@ -78,9 +79,10 @@ def _speed(axes: Axes, speeds: dict[float, dict[str, GpuRecord]], names: Sequenc
             label=f"room for {budget:.0%}",
         )
     axes.set_yticks(range(len(names)), names)
-    for label, name in zip(axes.get_yticklabels(), names, strict=True):
-        label.set_fontweight("bold" if is_ours(name) else "normal")
-    axes.set(xscale="log", xlabel="tokens a second (log)", title=_title(model))
+    _mark_labels(axes, names)
+    axes.set(
+        xscale="log", xlabel="tokens a second (log)", title=_title(next(iter(speeds[min(speeds)].values())))
+    )
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "25" else "")
     axes.grid(axis="x", which="both", color="0.92", linewidth=0.8)
@@ -88,8 +90,18 @@ def _speed(axes: Axes, speeds: dict[float, dict[str, GpuRecord]], names: Sequenc
     axes.legend(loc="lower right", frameon=True, framealpha=0.9, edgecolor="none")
 
 
-def _title(model: str) -> str:
-    return "Qwen3-30B-A3B's shape, replayed" if model == SHAPE else "the embedded pair with wide experts"
+def _mark_labels(axes: Axes, names: Sequence[str]) -> None:
+    """Ours in bold, other programs in italics; the rest are policies of this engine."""
+    for label, name in zip(axes.get_yticklabels(), names, strict=True):
+        label.set_fontweight("bold" if is_ours(name) else "normal")
+        label.set_fontstyle("italic" if name in PROGRAMS else "normal")
+
+
+def _title(record: GpuRecord) -> str:
+    if record.setting.quick:
+        return f"{record.model}, a quick run in small"
+    name = f"Qwen3-30B-A3B's shape, {record.layers} layers, replayed"
+    return name if record.model == SHAPE else "the embedded pair with wide experts"
 
 
 def _time(axes: Axes, engines: Sequence[GpuRecord]) -> None:
@@ -104,8 +116,7 @@ def _time(axes: Axes, engines: Sequence[GpuRecord]) -> None:
         colour = "0.75" if cause == _OTHER else _CAUSES[number % len(_CAUSES)]
         axes.barh(names, width, left=left, color=colour, label=cause.replace("_", " "))
         left = [a + b for a, b in zip(left, width, strict=True)]
-    for label, name in zip(axes.get_yticklabels(), names, strict=True):
-        label.set_fontweight("bold" if is_ours(name) else "normal")
+    _mark_labels(axes, names)
     for at, end in enumerate(left):
         axes.annotate(
             f"{end:.3g}", (end, at), xytext=(3, 0), textcoords="offset points", va="center", fontsize=8
@@ -113,7 +124,7 @@ def _time(axes: Axes, engines: Sequence[GpuRecord]) -> None:
     axes.margins(x=0.1, y=0.02)
     axes.legend(frameon=False, fontsize="small", loc="upper right")
     budget = engines[0].budget
-    axes.set(xlabel="milliseconds a token", title=f"{_title(engines[0].model)}: room for {budget:.0%}")
+    axes.set(xlabel="milliseconds a token", title=f"{_title(engines[0])}: room for {budget:.0%}")
 
 
 def _parts(record: GpuRecord, longest: float) -> dict[str, float]:
