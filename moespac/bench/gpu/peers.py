@@ -48,7 +48,7 @@ def time_offload(job: Job) -> Result:
     config, device = job.setting.config, torch.device(job.setting.device)
     dtype = choose_dtype(config.dtype, device)
     if job.model == SHAPE:
-        skeleton = write_config(config, job.setting.layers, job.folder / f"shape-{job.setting.layers}")
+        skeleton = write_config(config, job.layers, job.folder / f"shape-{job.layers}")
         model: Any = _filled(skeleton, dtype)
         prompts = _random_prompts(config, job.setting.seed)
     else:
@@ -58,7 +58,7 @@ def time_offload(job: Job) -> Result:
     layers = len(model.model.layers)
     held = math.floor(job.budget * layers + 1e-9)
     model = _dispatched(model.eval(), held, device, job.folder / "offload")
-    texts = _continue(model, prompts, job.setting.tokens, config)
+    texts = _continue(model, prompts, job.tokens, config)
     note = f"the experts of {held} of {layers} layers are on the device ({held / layers:.0%})"
     return Result(tuple(texts), _held(device), notes=(note,))
 
@@ -101,7 +101,7 @@ def time_compiled(job: Job) -> Result:
     """The shape with a few layers on the device, decoded by transformers' own ``generate`` over a static cache,
     which it compiles where the device is a GPU."""
     config, setting, device = job.setting.config, job.setting, torch.device(job.setting.device)
-    skeleton = write_config(config, setting.layers, job.folder / f"shape-{setting.layers}")
+    skeleton = write_config(config, job.layers, job.folder / f"shape-{job.layers}")
     torch.manual_seed(setting.seed)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(
@@ -109,8 +109,8 @@ def time_compiled(job: Job) -> Result:
         )
     model = model.requires_grad_(False).eval()
     prompt = _random_prompts(config, setting.seed)[0]
-    generate(model, prompt, setting.tokens, math.inf, cache_implementation="static")  # compiles
-    decoded = generate(model, prompt, setting.tokens, math.inf, cache_implementation="static")
+    generate(model, prompt, job.tokens, math.inf, cache_implementation="static")  # compiles
+    decoded = generate(model, prompt, job.tokens, math.inf, cache_implementation="static")
     note = "static cache, compiled" if device.type == "cuda" else "static cache; not compiled on a CPU"
     return Result((decoded,), _held(device), notes=(note,))
 
@@ -133,12 +133,12 @@ def time_llama(job: Job) -> Result:
     files = make_files(job.folder, config.factor, config.pair_format, gguf=True)
     held = math.floor(job.budget * files.shape.layers + 1e-9)
     prompts = pair_prompts(files, config)
-    longest = max(map(len, prompts)) + job.setting.tokens + 1
+    longest = max(map(len, prompts)) + job.tokens + 1
     context = LlamaContext(str(files.gguf), longest, os.cpu_count() or 1, in_memory=True, gpu_layers=held)
     texts = []
     try:
         for prompt in [prompts[-1], *prompts[:-1]]:
-            texts.append(_decode_llama(context, prompt, job.setting.tokens, config.decode_seconds))
+            texts.append(_decode_llama(context, prompt, job.tokens, config.decode_seconds))
     finally:
         context.close()
     note = f"{held} of {files.shape.layers} layers are on the GPU, attention too; no drafts"

@@ -68,7 +68,7 @@ def _run_engine(task: Job) -> Iterator[Message]:
                 continue
             chosen = contender(name, config.window)
             engine = stage.engine_for(chosen)
-            tokens = task.setting.tokens
+            tokens = task.tokens
             yield _done(time_engine(engine, stage.prompts, tokens, config, profiled=chosen.is_ours))
     finally:
         stage.close()
@@ -82,7 +82,7 @@ def _run_resident(task: Job) -> Result:
     try:
         engine = stage.engine_for(contender(OURS_PLAIN, config.window))
         fill_accelerator(engine.runtime, config.filling_reads)
-        return time_engine(engine, stage.prompts, task.setting.tokens, config, profiled=True)
+        return time_engine(engine, stage.prompts, task.tokens, config, profiled=True)
     finally:
         stage.close()
 
