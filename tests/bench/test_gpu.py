@@ -37,6 +37,7 @@ from moespac.bench.gpu.timing import covered, time_engine
 from moespac.bench.paper import OURS, OURS_PLAIN, OURS_UNGOVERNED, STANDARD
 from moespac.cli import app
 from moespac.config import GpuBenchConfig
+from moespac.engine.summary import Summary
 from moespac.errors import ConfigError
 from moespac.policy.registry import ENGINE_POLICIES
 from moespac.sim.synthetic import synthetic_routing
@@ -155,6 +156,7 @@ def test_a_run_is_timed_and_its_gauges_are_read(stage: Stage) -> None:
     assert gauges.link_seconds > 0 and gauges.link_rate == gauges.link_bytes / gauges.link_seconds
     assert gauges.busy_share is not None and 0 < gauges.busy_share <= 1
     assert gauges.peak_bytes is None  # there is no device that would say
+    assert gauges.layer_seconds is None  # and no trunk that runs as recordings
     drafted = time_engine(stage.engine_for(contender("sp-moe", 4)), stage.prompts, 8, CONFIG)
     assert drafted.texts[0].drafted > drafted.texts[0].accepted > 0
     assert drafted.texts[0].passes < 8
@@ -162,6 +164,15 @@ def test_a_run_is_timed_and_its_gauges_are_read(stage: Stage) -> None:
     assert sum(s for c, s in causes.items() if c != "accelerator_experts") == pytest.approx(
         drafted.texts[0].seconds, rel=0.2, abs=0.01
     )
+
+
+def test_the_hosts_time_of_a_layer_is_what_the_summary_says(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Summary.to_dict
+    monkeypatch.setattr(Summary, "to_dict", lambda self: told(self) | {"host_us_per_layer": 120.0})
+    found = time_engine(stage.engine_for(contender(OURS_PLAIN, 4)), stage.prompts, 4, CONFIG).gauges
+    assert found is not None and found.layer_seconds == pytest.approx(120e-6)
 
 
 def test_spans_that_overlap_count_once() -> None:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from statistics import mean
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,20 +55,25 @@ def time_engine(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     texts: list[Decoded] = []
+    paths: list[float] = []
     left = config.decode_seconds
     for number in range(last):
-        texts.append(_decode(engine, prompts.begin(number), tokens, left))
-        left -= texts[-1].seconds
+        decoded, path = _decode(engine, prompts.begin(number), tokens, left)
+        texts.append(decoded)
+        paths += [] if path is None else [path]
+        left -= decoded.seconds
         if left <= 0:
             break
     gauges = _watched(engine, prompts.begin(last), config)
+    gauges = replace(gauges, layer_seconds=mean(paths) if paths else None)
     if profiled and device.type == "cuda":
         gauges = _with_kernels(gauges, engine, prompts.begin(last), texts, config)
     return Result(tuple(texts), gauges)
 
 
-def _decode(engine: Engine, prompt: list[int], tokens: int, seconds: float) -> Decoded:
-    """``tokens`` after the first, or as many as ``seconds`` allow but two passes at least."""
+def _decode(engine: Engine, prompt: list[int], tokens: int, seconds: float) -> tuple[Decoded, float | None]:
+    """``tokens`` after the first, or as many as ``seconds`` allow but two passes at least; and the host's own
+    seconds on the critical path of a layer, where the trunk is one that counts them."""
     stream = engine.stream(prompt, max_new_tokens=tokens + 1)
     start = time.perf_counter()
     stream.advance()
@@ -79,7 +85,7 @@ def _decode(engine: Engine, prompt: list[int], tokens: int, seconds: float) -> D
     end = time.perf_counter()
     stream.close()
     summary = stream.result.summary
-    return Decoded(
+    decoded = Decoded(
         token_ids=summary.token_ids,
         first_seconds=first - start,
         seconds=end - first,
@@ -90,6 +96,8 @@ def _decode(engine: Engine, prompt: list[int], tokens: int, seconds: float) -> D
         hit_rate=summary.hit_rate,
         causes={c: s for c, s in summary.seconds.items() if c not in ("prefill", "total")},
     )
+    path = summary.to_dict().get("host_us_per_layer")  # a figure of recorded trunks alone
+    return decoded, None if path is None else path * 1e-6
 
 
 def _watched(engine: Engine, prompt: list[int], config: GpuBenchConfig) -> Gauges:
