@@ -15,12 +15,17 @@ from moespac.config import GpuBenchConfig
 from moespac.errors import ConfigError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from moespac.bench.gpu.job import Setting
     from moespac.bench.gpu.jobs import Wish
     from moespac.bench.gpu.records import GpuRecord
+    from moespac.bench.gpu.tables import TextTable
 
 _MODEL, _RUNS, _RESULTS = "Model", "Runs", "Results"
 _RECORDS = "gpu.jsonl"
+_WIDE = 130  # columns of a terminal for whole tables; narrower ones show less of them
+_NAME = 26  # characters of a contender's name, in one line
 
 
 def gpu(
@@ -279,8 +284,10 @@ def _show(records: Sequence[GpuRecord], out: Path) -> None:
     from moespac.bench.gpu.tables import all_tables
 
     console = Console()
+    if not console.is_terminal:
+        console.width = max(console.width, _WIDE)
     for table in all_tables(records):
-        console.print(_rich(table))
+        console.print(_rich(table, console.width < _WIDE))
     pictures: list[Path] = []
     try:
         pictures = draw_all(records, out)
@@ -292,12 +299,14 @@ def _show(records: Sequence[GpuRecord], out: Path) -> None:
         typer.echo(f"wrote {file}", err=True)
 
 
-def _rich(table):  # TextTable -> rich.table.Table
+def _rich(table: TextTable, narrow: bool) -> Table:
     from rich.table import Table
 
     shown = Table(title=table.title, title_justify="left")
-    for number, name in enumerate(table.head):
-        shown.add_column(name, justify="right" if number else "left", no_wrap=not number)
+    kept = [at for at, name in enumerate(table.head) if not (narrow and name in table.spare)]
+    for at in kept:
+        least = 0 if at else min(max(len(row[0]) for row in table.rows), _NAME)
+        shown.add_column(table.head[at], justify="right" if at else "left", min_width=least)
     for at, row in enumerate(table.rows):
-        shown.add_row(*row, style="bold" if at in table.ours else None)
+        shown.add_row(*(row[column] for column in kept), style="bold" if at in table.ours else None)
     return shown

@@ -63,7 +63,7 @@ def test_over_transformers_with_accelerate() -> None:
 def test_everything_resident() -> None:
     for rate, verdict in ((130.0, MET), (131.0, NOT_MET)):
         records = [record(RESIDENT, 100.0, budget=1.0), record(COMPILED, rate, budget=1.0)]
-        found = goal(records, "everything resident")
+        found = goal(records, "all resident")
         assert (found.value, found.verdict) == (pytest.approx(rate / 100), verdict)
 
 

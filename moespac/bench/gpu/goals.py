@@ -106,9 +106,7 @@ def over_offload(speeds: Mapping[str, GpuRecord]) -> Goal:
 
 def behind_compiled(records: Sequence[GpuRecord]) -> Goal:
     speeds = speeds_of(records, SHAPE, 1.0)
-    goal = Goal(
-        f"everything resident: {COMPILED}, over ours", f"≤ {BEHIND_COMPILED}", None, None, "not both ran"
-    )
+    goal = Goal(f"{COMPILED}, over ours, all resident", f"≤ {BEHIND_COMPILED}", None, None, "not both ran")
     if RESIDENT not in speeds or COMPILED not in speeds:
         return goal
     factor = speeds[COMPILED].rate / speeds[RESIDENT].rate
@@ -134,7 +132,7 @@ def share_of_link(record: GpuRecord, bandwidth: float | None) -> float | None:
 
 
 def layer_seconds(records: Sequence[GpuRecord]) -> Goal:
-    text, wanted = "host time of a layer, on the critical path, us", f"< {LAYER_SECONDS * 1e6:.0f}"
+    text, wanted = "host time of a layer's critical path, us", f"< {LAYER_SECONDS * 1e6:.0f}"
     goal = Goal(text, wanted, None, None, "the engine does not say", ".0f")
     ours = speeds_of(records, SHAPE, SHARE).get(OURS)
     seconds = ours.gauges.layer_seconds if ours else None

@@ -31,24 +31,21 @@ class TextTable:
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     ours: Sequence[int] = ()  # rows of moe-spac
+    spare: Sequence[str] = ()  # columns that a narrow place does without
 
 
 def all_tables(records: Sequence[GpuRecord]) -> list[TextTable]:
     """Goals first, then each model and share."""
     tables = [goals_table(goals_of(records), "Goals")]
     if ratios := pair_ratios(records):
-        tables.append(ratios_table(ratios))
+        rows = [[goal.text, goal.shown, goal.who] for goal in ratios]
+        tables.append(TextTable(f"The same on {_NAMES[PAIR]}", ("moe-spac", "measured", "of"), rows))
     return [*tables, *speed_tables(records)]
 
 
 def goals_table(goals: Sequence[Goal], title: str) -> TextTable:
     rows = [[goal.text, goal.wanted, goal.shown, goal.verdict, goal.who] for goal in goals]
-    return TextTable(title, ("moe-spac", "wanted", "measured", "", "of"), rows)
-
-
-def ratios_table(ratios: Sequence[Goal]) -> TextTable:
-    rows = [[goal.text, goal.shown, goal.who] for goal in ratios]
-    return TextTable(f"The same on {_NAMES[PAIR]}", ("moe-spac", "measured", "of"), rows)
+    return TextTable(title, ("moe-spac", "wanted", "measured", "verdict", "of"), rows, spare=("of",))
 
 
 def speed_tables(records: Sequence[GpuRecord]) -> list[TextTable]:
@@ -62,14 +59,14 @@ def speed_tables(records: Sequence[GpuRecord]) -> list[TextTable]:
         leader = speeds.get(OURS) or speeds.get(RESIDENT)
         ours = [at for at, record in enumerate(rows) if is_ours(record.contender)]
         cells = [_row(record, leader, bandwidth) for record in rows]
-        tables.append(TextTable(_title(model, budget, rows), _HEAD, cells, ours))
+        tables.append(TextTable(_title(model, budget, rows), _HEAD, cells, ours, _SPARE))
     return tables
 
 
 _HEAD = (
     "contender",
     "tokens/s",
-    "moe-spac is faster",
+    "moe-spac over it",
     "hits",
     "accepted",
     "tokens a pass",
@@ -78,6 +75,7 @@ _HEAD = (
     "device busy",
     "peak GB",
 )
+_SPARE = ("accepted", "tokens a pass", "of the link")
 
 
 def _title(model: str, budget: float, rows: Sequence[GpuRecord]) -> str:
