@@ -382,6 +382,78 @@ class DecodeBenchConfig:
 
 
 @dataclass(frozen=True)
+class GpuBenchConfig:
+    """How ``moespac bench gpu`` runs. The shape is Qwen3-30B-A3B's, the drafter's Qwen3-0.6B's, as published."""
+
+    layers: int = 48
+    experts: int = 128
+    top_k: int = 8
+    hidden: int = 2048
+    width: int = 768  # of an expert
+    heads: int = 32
+    groups: int = 4  # key and value heads
+    head_width: int = 128
+    vocabulary: int = 151936
+    draft_layers: int = 28
+    draft_hidden: int = 1024
+    draft_width: int = 3072
+    draft_heads: int = 16
+    draft_groups: int = 8
+    dtype: str = "auto"  # what is computed in: bfloat16 on a GPU
+    factor: int = 128  # the embedded pair's experts so many times as wide: as large as the shape's
+    pair_format: str = "bf16"  # of the pair's experts
+    window: int = 4  # K of baselines that speculate: the paper's
+    prompt_tokens: int = 32  # of a replayed text: caches and counters have seen something
+    texts: int = 2
+    warmup_tokens: int = 12  # of another text before the measured ones
+    warmup_seconds: float = 2.0  # at most
+    decode_seconds: float = 4.0  # of one run; a slower contender's rate is that of the tokens it came to
+    watched_tokens: int = 8  # decoded with the timeline on, and under the profiler, after what is timed
+    filling_reads: int = 16  # records copied into host memory at once before anything is timed
+    resident_layers: int = 8  # of the shape, where every expert is on the card: compiling 48 takes minutes
+    resident_tokens: int = 128  # decoded there: no expert moves, so a token takes milliseconds
+    check_tokens: int = 48  # of the comparison with transformers, after one prompt
+    logits_tolerance: float = 2.0  # in bfloat16, times what its rounding does to transformers' own logits
+    host_share: float = (
+        0.75  # of free host memory that the shape's experts may take; peers and pages need the rest
+    )
+    device_reserve: int = (
+        12 << 30
+    )  # of the card, beside experts: trunk, drafter, KV cache, buffers, CUDA itself
+    patience: float = 90.0  # seconds that a worker may run over its time before it is ended
+    restarts: int = 3  # of a worker whose run failed; the runs after it go on in a fresh one
+
+    @staticmethod
+    def quick() -> GpuBenchConfig:
+        """The same in small: it shows that all of it runs, in seconds on a CPU; its figures say nothing."""
+        return GpuBenchConfig(
+            layers=4,
+            experts=16,
+            top_k=4,
+            hidden=64,
+            width=64,
+            heads=4,
+            groups=2,
+            head_width=16,
+            vocabulary=4096,
+            draft_layers=2,
+            draft_hidden=64,
+            draft_width=128,
+            draft_heads=4,
+            draft_groups=2,
+            factor=1,
+            prompt_tokens=8,
+            texts=1,
+            warmup_tokens=4,
+            decode_seconds=1.0,
+            watched_tokens=4,
+            resident_layers=2,
+            resident_tokens=16,
+            check_tokens=8,
+        )
+
+
+@dataclass(frozen=True)
 class SimulationConfig:
     """What a simulation assumes where neither the trace nor the hardware profile says it."""
 

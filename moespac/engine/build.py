@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from moespac.experts.kernels import HostKernel
 from moespac.experts.manifest import is_pack
 from moespac.experts.movers import LinkCopier, StorageReader, host_arena
 from moespac.experts.open_accelerator import open_accelerator
-from moespac.experts.runtime import ExpertRuntime
+from moespac.experts.runtime import ExpertRuntime, OffloadedExperts
 from moespac.experts.store import CheckpointStore, ExpertStore, PackedStore
 from moespac.experts.workers import Bell
 from moespac.model.graphed import GraphedTrunk
@@ -115,28 +115,43 @@ def load(
     compute_dtype = choose_dtype(dtype, device)
     with _fitting(device, "the trunk"):
         network, modules = load_trunk(path, skeleton, entries, compute_dtype, device)
-    tokenizer = load_tokenizer(path)
+    parts = ModelParts(skeleton, store, fingerprint, network, modules, load_tokenizer(path))
+    return assemble(parts, draft, config, _profile_file(profile, fingerprint))
 
+
+@dataclass(frozen=True)
+class ModelParts:
+    """A model that is loaded, its experts left where they are."""
+
+    skeleton: Skeleton
+    store: ExpertStore
+    fingerprint: str  # names what is measured and learned of the model
+    network: PreTrainedModel  # on the device that it computes on
+    modules: list[OffloadedExperts]  # of ``network``, by MoE layer
+    tokenizer: PreTrainedTokenizerBase | None
+
+
+def assemble(
+    parts: ModelParts, draft: str | Path, config: EngineConfig, profile_file: Path | None = None
+) -> Engine:
+    """``draft``, ``profile_file``: as ``load`` and ``Engine`` take them, "auto" apart. Raises as ``load``."""
+    network, modules = parts.network, parts.modules
     for module in modules:
         module.stand_in()
     clock = PassClock(time.perf_counter)
     trunk = open_trunk(network, torch.get_num_threads(), clock, config.graphs)
-    with _fitting(device, "the draft model"):
-        source = _draft_source(draft, network, tokenizer, compute_dtype)
-    needs = _device_needs(config.device, [network, source], compute_dtype)
-    routers = find_routers(network, modules)
-    runtime = _build_runtime(
-        store, skeleton, routers, config, device, needs, fingerprint, compute_dtype, clock
-    )
+    with _fitting(network.device, "the draft model"):
+        source = _draft_source(draft, network, parts.tokenizer, network.dtype)
+    needs = _device_needs(config.device, [network, source], network.dtype)
+    runtime = _build_runtime(parts, find_routers(network, modules), config, needs, clock)
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
     if isinstance(trunk, LeanTrunk | GraphedTrunk):
         trunk.attach(runtime)
     drafter = _build_drafter(source, network, runtime)
-    profile_file = _profile_file(profile, fingerprint)
     if profile_file is not None:
         runtime.policy.load_profile(profile_file)
-    return Engine(network, trunk, tokenizer, runtime, drafter, config, profile_file)
+    return Engine(network, trunk, parts.tokenizer, runtime, drafter, config, profile_file)
 
 
 def _open_store(path: Path, skeleton: Skeleton) -> tuple[ExpertStore, list[TensorEntry], str]:
@@ -159,16 +174,13 @@ def _device(config: EngineConfig) -> torch.device:
 
 
 def _build_runtime(
-    store: ExpertStore,
-    skeleton: Skeleton,
+    parts: ModelParts,
     routers: list[nn.Module | None],
     config: EngineConfig,
-    device: torch.device,
     needs: DeviceNeeds,
-    fingerprint: str,
-    dtype: torch.dtype,
     clock: PassClock,
 ) -> ExpertRuntime:
+    store, skeleton, device, dtype = parts.store, parts.skeleton, parts.network.device, parts.network.dtype
     memory, shape, bell = config.memory, store.shape, Bell()
     capacity = _capacity(memory, shape, device, needs)
     arena = host_arena(capacity.host, shape.record_bytes)
@@ -185,13 +197,14 @@ def _build_runtime(
     job_kernels = grouped.job_kernels if grouped else None
     computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1, grouped, job_kernels)
     policy = make_policy(config.policy, shape, capacity, config.method)
+    costs = None
     if accelerator is not None and link is not None and not accelerator.stands_in:
         bench = Workbench(store, reader, link, computers, bell, skeleton.hidden_size, dtype)
-        costs = known_costs(bench, fingerprint, config.calibration)
+        costs = known_costs(bench, parts.fingerprint, config.calibration)
         if costs is not None:
             policy.costs.start_from(costs)
     tiers = ExpertMemory(shape, capacity, reader, link, memory, policy.costs, bell)
-    return ExpertRuntime(store, tiers, policy, computers, routers, clock)
+    return ExpertRuntime(store, tiers, policy, computers, routers, clock, costs)
 
 
 def _capacity(memory: MemoryConfig, shape: ModelShape, device: torch.device, needs: DeviceNeeds) -> Capacity:

@@ -17,6 +17,7 @@ from moespac.experts.resident import ResidentExperts
 from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
 from moespac.policy.base import Policy, Sensor
+from moespac.policy.cost import MeasuredCosts
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.stats import ExpertStats, PassClock
@@ -41,8 +42,9 @@ class ExpertRuntime:
         computers: Computers,
         routers: Sequence[nn.Module | None],
         clock: PassClock,
+        costs: MeasuredCosts | None = None,
     ) -> None:
-        """``routers`` are the layers' own (None: not to be found)."""
+        """``routers`` are the layers' own (None: not to be found). ``costs``: what further policies start from."""
         self.store = store
         self.memory = memory
         self.policy = policy
@@ -50,7 +52,9 @@ class ExpertRuntime:
         self.stats = ExpertStats()
         self.recorder: Callable[[Observation], None] | None = None  # sees what the policy sees
         self._computers = computers
-        self._routers = routers if Sensor.NEXT_GATE in policy.sensors else [None] * store.shape.layers
+        self._costs = costs
+        self._routers = routers
+        self._asks_next_gate = Sensor.NEXT_GATE in policy.sensors
         self._shape = store.shape
         self._window: Window | None = None
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
@@ -124,6 +128,16 @@ class ExpertRuntime:
             by_layer = slots.reshape(self._shape.layers, self._shape.experts)
             self._resident = ResidentExperts(kernels, lambda: accelerator.arena, by_layer, self._ran_resident)
         return self._resident
+
+    def adopt(self, policy: Policy) -> None:
+        """Go on under another policy, with an empty accelerator: what is there it did not choose. Between requests
+        only."""
+        if self._costs is not None:
+            policy.costs.start_from(self._costs)
+        self.memory.begin_anew(policy.costs)
+        self.policy = policy
+        self._asks_next_gate = Sensor.NEXT_GATE in policy.sensors
+        self.stats = ExpertStats()
 
     def close(self) -> None:
         """Stop all threads and free the tiers."""
@@ -220,7 +234,8 @@ class ExpertRuntime:
 
     def _foresee(self, layer: int, x: torch.Tensor) -> None:
         """Tell the policy what the gate of ``layer`` says to the hidden states of the layer before it."""
-        router = self._routers[layer] if layer < self._shape.layers else None
+        asked = self._asks_next_gate and layer < self._shape.layers
+        router = self._routers[layer] if asked else None
         guess = ask_router(router, x) if router is not None else None
         if guess is not None:
             self.policy.foresee_layer(layer, Groups(guess.cpu().numpy(), self._shape.experts).counts)

@@ -197,6 +197,16 @@ class ExpertMemory:
         self.residency = self._residency()
         return moves
 
+    def begin_anew(self, costs: CostModel) -> None:
+        """Empty the accelerator, forget what was to be fetched, and report what transfers take to ``costs``."""
+        self.quiesce()
+        self._costs = costs
+        for queue in self._ahead.values():
+            queue.clear()
+        if self.accelerator is not None:
+            for expert in np.flatnonzero(self.accelerator.ready).tolist():
+                self.accelerator.evict(expert)
+
     def close(self) -> None:
         """Stop all movers. The memory is not usable afterwards."""
         self.reader.close()
