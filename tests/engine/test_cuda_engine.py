@@ -34,8 +34,8 @@ def test_greedy_tokens_are_the_models_own(
             result = engine.generate(PROMPT, max_new_tokens=20)
             assert result.token_ids == reference_tokens(family, PROMPT, 20)
             engine.runtime.memory.check_integrity()
-        assert cards[0].copy_stream.put and cards[0].trunk_stream.put
         if policy in ("lru", "accelerate"):  # the others may find that this card is not worth it
+            assert cards[0].copy_stream.put and cards[0].trunk_stream.put
             assert {LINK, ACCELERATOR} <= {event.lane for event in timeline.events}
             assert result.summary.bytes_read["link"] > 0 and result.summary.link_bandwidth > 0
         assert result.summary.page_locked == pytest.approx(0.5, abs=0.1) and result.summary.shrinks == 0
