@@ -46,7 +46,7 @@ SUMMARY = Summary(
 JSON_KEYS = {
     "text", "token_ids", "tokens_per_second", "acceptance_rate", "mean_accepted", "hit_rate", "bytes_read",
     "peak_bytes", "seconds", "policy", "exactness", "versions", "prompt_tokens", "finish_reason", "drafter",
-    "window", "passes",
+    "window", "passes", "link_bandwidth", "page_locked", "shrinks", "host_us_per_layer", "launches_per_layer",
 }  # fmt: skip
 
 

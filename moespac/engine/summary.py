@@ -33,17 +33,16 @@ class Summary:
     hit_rate: float | None  # active experts that were resident where they were computed, in decode passes
     bytes_read: dict[str, int]  # from storage, and over the link to the accelerator
     peak_bytes: dict[str, int]  # of expert slots in use, since the engine was loaded
-    link_bandwidth: float | None  # bytes/s to the accelerator, while anything was copied; None: nothing was
-    page_locked: (
-        float | None
-    )  # share of the host's slots that is copied from at full speed; None: no such thing
-    shrinks: int  # times that the accelerator's memory ran out and experts made way
     seconds: dict[str, float]  # by cause; accelerator_experts overlaps with the others, which add up to total
     policy: str
     drafter: str
     window: int | str  # K as asked for; 0 where the model's cache cannot be rewound
     exactness: str
     versions: dict[str, str]
+    # Of an accelerator; None where there is none, or nothing of the kind.
+    link_bandwidth: float | None = None  # bytes/s of copies, while anything was copied
+    page_locked: float | None = None  # share of the host's slots that is copied from at full speed
+    shrinks: int = 0  # times that its memory ran out and experts made way
     # Where the trunk runs as recordings: the host's own microseconds from a router's choice to the next launch, and
     # launches of the trunk.
     host_us_per_layer: float | None = None
