@@ -366,8 +366,12 @@ class PlanConfig:
     )
     error: float = 0.25  # of the simulator on a machine that was measured, added on both sides (docs/plan.md)
     enough: float = 0.8  # a more exact format is recommended if it is this near to the fastest
-    reserve_bytes: int = 1 << 30  # of the trunk's memory: KV cache of some thousand tokens, activations, buffers
-    drafter_share: float = 0.1  # bytes of a draft model beside its target's trunk: 0.6B drafters of 30B targets
+    reserve_bytes: int = (
+        1 << 30
+    )  # of the trunk's memory: KV cache of some thousand tokens, activations, buffers
+    drafter_share: float = (
+        0.1  # bytes of a draft model beside its target's trunk: 0.6B drafters of 30B targets
+    )
     drafter_window: int = 4
     drafter_acceptance: float = 0.7  # of a draft model of the target's family, on prose and code
 
@@ -378,7 +382,9 @@ class ServeConfig:
 
     queue: int = 32  # requests that wait; one more is told when to come again
     parallel: int = 4  # answers that take turns: each holds a KV cache, and the others' experts go cold
-    turn_windows: int = 4  # windows a turn: as long as an expert stays resident (BalanceConfig), so that a turn
+    turn_windows: int = (
+        4  # windows a turn: as long as an expert stays resident (BalanceConfig), so that a turn
+    )
     # finds again what it fetched; a drafter's and a reader's patience allow more
     max_tokens_limit: int = 0  # of one answer; 0: as many as the context holds
     body_bytes: int = 2 << 20  # of one request: half a million tokens of text
@@ -399,7 +405,8 @@ class GovernorConfig:
     """How the number of drafted tokens is chosen."""
 
     most: int = 8  # K is at most this: acceptance beyond is rare, and every token touches new experts
-    acceptance_prior: float = 0.7  # before anything was verified: worth a try
+    acceptance_prior: float = 0.7  # before anything was verified: worth a try ...
+    acceptance_drafts: float = 4.0  # ... drafts' worth of that
     mean_passes: float = (
         16.0  # mean life of the measurements: a change of text shows within some twenty passes
     )
@@ -410,6 +417,11 @@ class GovernorConfig:
     probe_passes_most: int = 64  # ... down to this: probes of a hopeless K then cost some 1%
     margin: float = 0.02  # by which drafting must be faster than not to draft
     close: float = 0.1  # K whose rates differ by less are compared as often as ever: neither costs much
+    doubt: float = 0.5  # standard errors by which it must be faster beyond that: few measurements say little
+    noise_prior: float = (
+        0.1  # standard deviation of one measurement, as a share of a pass, before it is known
+    )
+    prior_passes: float = 8.0  # measurements' worth of what was foreseen by looking back
     token_share: float = (
         0.5  # of a token's share of a pass, what one more costs where no size near was measured
     )
