@@ -46,7 +46,9 @@ def look_back(passes: list[Observation], where: Residency, most: int = 3) -> Win
 
 def test_a_further_token_costs_the_experts_that_only_it_needs() -> None:
     # Tokens go to 0 (resident), 1, 1, 2, 2, 3, 3 ...: a second token needs a new expert every other time.
-    found = look_back([seen(e) for e in (0, 1, 1, 2, 2, 3, 3, 1, 1, 2, 2, 3)], residency((0, 0), (1, 0))).latest()
+    found = look_back(
+        [seen(e) for e in (0, 1, 1, 2, 2, 3, 3, 1, 1, 2, 2, 3)], residency((0, 0), (1, 0))
+    ).latest()
     assert found.first == 2 * HOST  # the last pass: a layer each
     # windows 0-1-1, 1-1-2, 1-2-2 begin at passes 0, 1, 2; then again three at a time
     assert found.extra[0] == 0
