@@ -115,7 +115,7 @@ class Context:
 
 
 def _one_thread() -> AbstractContextManager[object]:
-    """Matrices this small wait longer for a second thread than they take: for milliseconds beside other programs."""
+    """Small matrices wait longer for a second thread than they take: milliseconds beside other programs."""
     return _blas().limit(limits=1)
 
 
