@@ -240,7 +240,11 @@ class Simulation:
         trunk = self._setting.hardware.trunk_seconds(
             self._setting.model, tokens, on_accelerator=self._setting.hardware.has_accelerator
         )
+        decide = 0.0 if self._memory.all_at_hand else self._setting.hardware.decide_overhead
         for layer in range(self._shape.layers):
+            if decide:
+                with self._clock.measure("decide"):
+                    self._machine.run_dense(decide)
             with self._clock.measure("trunk", f"layer {layer}"):
                 self._machine.run_dense(trunk / self._shape.layers)
                 self._run_experts(layer, seen)
