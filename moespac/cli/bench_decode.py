@@ -55,7 +55,7 @@ def decode(
         typer.Option(
             metavar="NAMES",
             help="With commas between: llama.cpp, llama.cpp-ram, transformers, transformers+disk, moe-spac or"
-            " another policy; all but transformers also with +draft or +lookup.",
+            " another policy; all but transformers also with +draft or +lookup, a policy with +draft@2 (K = 2).",
             rich_help_panel=_RUNS,
             show_default="a dozen",
         ),

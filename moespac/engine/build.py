@@ -27,6 +27,7 @@ from moespac.experts.runtime import ExpertRuntime
 from moespac.experts.store import CheckpointStore, ExpertStore, PackedStore
 from moespac.experts.workers import Bell
 from moespac.model.index import build_index
+from moespac.model.lean import LeanTrunk
 from moespac.model.load import choose_dtype, load_tokenizer, load_trunk
 from moespac.model.routers import find_routers
 from moespac.model.safetensors import TensorEntry, read_header
@@ -103,6 +104,8 @@ def load(
     runtime = _build_runtime(store, skeleton, find_routers(network, modules), config, device)
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
+    if isinstance(trunk, LeanTrunk):
+        trunk.attach(runtime)
     drafter = _build_drafter(draft, network, tokenizer, compute_dtype, runtime)
     profile_file = _profile_file(profile, fingerprint)
     if profile_file is not None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moespac.experts.devices import Computers, Groups, LayerTensors
+from moespac.experts.kernels.passes import Computed, HostExperts
 from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
 from moespac.policy.base import Policy, Sensor
@@ -19,7 +20,8 @@ from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.stats import ExpertStats, PassClock
-from moespac.types import Observation, Window
+from moespac.timeline import expert_name
+from moespac.types import NO_IDS, Observation, Placement, Window
 
 UNKNOWN_TOKEN = -1  # in a pass that stock generate() runs, the runtime does not see the token ids
 
@@ -54,6 +56,11 @@ class ExpertRuntime:
         self._window: Window | None = None
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
         self._weights: list[NDArray[np.float32]] = []  # the router's weights beside them, for the recorder
+        self._host_experts: HostExperts | None = None
+        if computers.kernel is not None:
+            grid = (store.shape.layers, store.shape.experts)
+            where, ready = memory.host.slots_of.reshape(grid), memory.host.ready.reshape(grid)
+            self._host_experts = HostExperts(computers.kernel, computers.host, where, ready)
 
     @property
     def latest_routing(self) -> list[NDArray[np.int64]]:
@@ -106,6 +113,56 @@ class ExpertRuntime:
         self.memory.settle()
         self.memory.pump(self._retention(-1))
 
+    # ---- layers that have nothing to ask ---------------------------------------------------------------
+
+    def in_host_memory(self) -> HostExperts | None:
+        """Where experts are that a layer may use without asking; None while the policy wants to see each layer."""
+        if self.memory.accelerator is not None:
+            return None
+        return self._host_experts if self.policy.lets_hits_pass or self.memory.all_at_hand else None
+
+    @property
+    def layers_in_peace(self) -> int | None:
+        """So many may run before transfers must be looked after; None: there are none."""
+        return 1 if self.memory.moves else None
+
+    def computed(self, computed: Computed, began: float) -> None:
+        """Layers ran without asking, in a call that began then on the clock."""
+        first = len(self._routing)
+        self._routing.extend(computed.index)
+        if self.recorder is not None:
+            self._weights.extend(computed.shares)
+        for layer, (start, seconds, sample, tokens) in enumerate(computed.spans.tolist(), first):
+            names = None if self.clock.tape.record is None else self._names(layer)
+            self.clock.was_spent_on("host_experts", began + start, seconds, names)
+            self.policy.costs.observe_host(int(tokens), sample)
+        if self._window is None or not self._window.prefill:
+            active = np.zeros((len(computed.index), self._shape.experts), dtype=bool)
+            np.put_along_axis(active, computed.index.reshape(len(active), -1), True, axis=1)
+            hits = int(active.sum())
+            self.stats.host.count(hits, hits)
+        if self.memory.moves:
+            with self.clock.measure("decide"):
+                self._look_after_transfers(len(self._routing) - 1)
+
+    def _look_after_transfers(self, layer: int) -> None:
+        """As often as a layer that asks does, before and after it computes."""
+        retention = self._retention(layer)
+        self.memory.start_layer(layer, Placement(NO_IDS))
+        for _ in range(2):
+            self.memory.settle()
+            self.memory.pump(retention)
+
+    def _names(self, layer: int) -> str:
+        """Of the experts that ``layer`` was routed to, for a timeline."""
+        first_id = layer * self._shape.experts
+        return " ".join(
+            expert_name(first_id + expert, self._shape.experts)
+            for expert in np.unique(self._routing[layer]).tolist()
+        )
+
+    # ---- layers that ask -------------------------------------------------------------------------------
+
     @torch.no_grad()
     def forward(
         self,
@@ -130,7 +187,7 @@ class ExpertRuntime:
         retention = self._retention(layer)
         with self.clock.measure("decide"):
             self._foresee(layer + 1, x)
-            placement = self.policy.place(layer, groups.counts, self.memory.residency)
+            placement = self.policy.placement(layer, groups.counts, self.memory.residency)
             self.memory.start_layer(layer, placement)
             self._count_hits(placement.host, placement.accelerator)
         tensors = LayerTensors(self._computers, norm, groups, first_id, x, self.clock.now)

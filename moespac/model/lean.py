@@ -12,9 +12,10 @@ T tokens of a window, L in the cache before them, H heads, G key and value heads
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,10 +29,10 @@ from moespac.experts.kernels.decoder import (
     NativeDecoder,
     NotServed,
     Projection,
-    Routed,
     Router,
 )
 from moespac.experts.kernels.library import DecoderShape
+from moespac.experts.kernels.passes import Computed, HostExperts, Routed
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +171,20 @@ class _Layer:
         return torch.cat(normed, dim=1)
 
 
+class ExpertsInMemory(Protocol):
+    """Who has experts of all layers in host memory."""
+
+    @property
+    def layers_in_peace(self) -> int | None:
+        """So many may be computed before transfers must be looked after; None: all."""
+
+    def in_host_memory(self) -> HostExperts | None:
+        """Where they are; None while every layer must ask."""
+
+    def computed(self, computed: Computed, began: float) -> None:
+        """Layers were, without asking, by a call that began then on ``time.perf_counter``."""
+
+
 class LeanTrunk:
     """Runs a decoder over a window. Made by ``lean_trunk``."""
 
@@ -189,6 +204,11 @@ class LeanTrunk:
         self._scale = attention.scaling
         self._padded = -(-self._width // HEAD_PAD) * HEAD_PAD
         self._native = self._native_decoder(threads, routers)
+        self._experts: ExpertsInMemory | None = None
+
+    def attach(self, experts: ExpertsInMemory) -> None:
+        """Layers whose experts are all there are computed without asking for each."""
+        self._experts = experts
 
     def new_cache(self) -> LeanCache:
         return LeanCache(len(self._layers), self._groups, self._padded, self._embedding)
@@ -229,12 +249,17 @@ class LeanTrunk:
         rotary: tuple[torch.Tensor, torch.Tensor],
         keep: int,
     ) -> torch.Tensor:
-        block: torch.Tensor | None = None
+        experts = self._experts
+        run = native.begin(x, keep, store, start, rotary, experts.in_host_memory() if experts else None)
         with _one_torch_thread():
-            for number, layer in enumerate(self._layers):
-                routed = native.layer(number, x, block, store[number], start, rotary)
-                block = None if routed is None else layer.experts(routed)
-        return native.head(x[-keep:], None if block is None else block[-keep:])
+            while not run.over:
+                began = time.perf_counter()
+                routed = run.advance(experts.layers_in_peace if experts else None)
+                if experts and (computed := run.computed()):
+                    experts.computed(computed, began)
+                if routed is not None:
+                    run.give(self._layers[routed.layer].experts(routed))
+        return run.logits
 
     def _native_decoder(self, threads: int, routers: bool) -> NativeDecoder | None:
         if self._embedding.device.type != "cpu" or self._embedding.dtype != torch.float32:

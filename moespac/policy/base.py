@@ -6,7 +6,7 @@ A decode step calls, in this order, all from one thread:
     plan(window, residency)              before the pass, the drafted tokens are known
     for each MoE layer, when its router has fired:
         foresee_layer(layer + 1, counts)     the next gate's guess, for policies with Sensor.NEXT_GATE
-        place(layer, counts, residency)
+        placement(layer, counts, residency)  place(), unless that may be left out
         retention(tier, layer)               whenever a slot is needed: the lowest value is evicted
     observe(observation)                 after verification, acceptance is known
 """
@@ -43,6 +43,9 @@ class Policy(ABC):
     name: str
     sensors: ClassVar[frozenset[Sensor]] = frozenset()
     speculates: ClassVar[bool] = True  # whether the system it stands for decodes speculatively
+    lets_hits_pass: bool = (
+        False  # place() need not be asked about layers whose experts are all in host memory
+    )
     counts_on_draft: bool = False  # the last plan did: it is made anew if the pass begins without one
 
     def __init__(self, shape: ModelShape, capacity: Capacity, costs: CostModel) -> None:
@@ -57,6 +60,13 @@ class Policy(ABC):
     @abstractmethod
     def place(self, layer: int, counts: Counts, residency: Residency) -> Placement:
         """Who computes the active experts of ``layer``; ``counts`` (experts,) window tokens sent to each."""
+
+    def placement(self, layer: int, counts: Counts, residency: Residency) -> Placement:
+        """``place``, unless nobody has to be asked: who runs a layer calls this one."""
+        active = np.flatnonzero(counts)
+        if self.lets_hits_pass and residency.host[layer, active].all():
+            return Placement(layer * self.shape.experts + active)
+        return self.place(layer, counts, residency)
 
     @abstractmethod
     def retention(self, tier: TierName, layer: int) -> NDArray[np.float64]:

@@ -37,6 +37,7 @@ class MoeSpacPolicy(Policy):
 
     def __init__(self, shape: ModelShape, capacity: Capacity, costs: CostModel, config: PolicyConfig) -> None:
         super().__init__(shape, capacity, costs)
+        self.lets_hits_pass = not capacity.accelerator  # with one device there is nobody to choose
         self._config = config
         self._demand = DemandSensor(shape, config.sensors)
         scarcest = capacity.accelerator or capacity.host

@@ -195,6 +195,11 @@ class ExpertMemory:
         fastest = self.tiers[-1]
         return fastest.slots == self.shape.total and bool(fastest.ready.all())
 
+    @property
+    def moves(self) -> bool:
+        """Whether anything is in flight, or is to be."""
+        return bool(self._flights or any(self._ahead.values()))
+
     def check_integrity(self) -> None:
         """Assert that the books of all tiers and of the flights agree."""
         for tier in self.tiers:

@@ -48,6 +48,12 @@ class PassClock:
         if self.tape.record is not None and spent > 0:
             self.tape(LANES_OF_CAUSES.get(block.cause, block.cause), block.name, self._since, spent)
 
+    def was_spent_on(self, cause: str, start: float, seconds: float, name: str | None = None) -> None:
+        """A part of the innermost open block, over by now, belongs to another cause."""
+        for block, until in ((self._blocks[-1], start), (_Block(cause, name or cause), start + seconds)):
+            self._count(block, until)
+            self._since = until
+
     def add(self, cause: str, seconds: float) -> None:
         """Time on another thread: it overlaps with the causes measured here and adds to none of them."""
         self.seconds[cause] += seconds

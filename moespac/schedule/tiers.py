@@ -39,6 +39,11 @@ class Tier:
     def peak_bytes(self) -> int:
         return self.peak_slots * self.record_bytes
 
+    @property
+    def slots_of(self) -> NDArray[np.int64]:
+        """(total,) where each expert lies, or NOWHERE: a live view."""
+        return self._slot_of
+
     def slot(self, expert: int) -> int:
         """Where a ready or filling record lies; the caller has it pinned or is filling it."""
         slot = int(self._slot_of[expert])

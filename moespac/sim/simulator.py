@@ -254,7 +254,7 @@ class Simulation:
         counts = self._counts(seen.routing[layer])
         retention = self._retention(layer)
         self._foresee_layer(layer + 1, seen)
-        placement = self._policy.place(layer, counts, self._memory.residency)
+        placement = self._policy.placement(layer, counts, self._memory.residency)
         self._memory.start_layer(layer, placement)
         if not seen.window.prefill:
             residency = self._memory.residency

@@ -199,7 +199,10 @@ def test_names_say_who_runs() -> None:
     assert [each.name for each in parse_contenders(",".join(DEFAULT))] == list(DEFAULT)
     drafted = parse_contenders(" llama.cpp+draft ,sp-moe,sp-moe")
     assert [(each.system, each.draft) for each in drafted] == [("llama.cpp", "draft"), ("sp-moe", "none")]
-    for bad in ("nobody", "lru+nothing", "transformers+draft", "llama.cpp+sd", ","):
+    (fixed,) = parse_contenders("moe-spac+draft@2")
+    assert (fixed.system, fixed.draft, fixed.window) == ("moe-spac", "draft", 2)
+    unknown = ("nobody", "lru+nothing", "transformers+draft", "llama.cpp+sd", ",")
+    for bad in (*unknown, "moe-spac@2", "moe-spac+draft@many", "llama.cpp+draft@2"):
         with pytest.raises(ConfigError, match="--contenders"):
             parse_contenders(bad)
 

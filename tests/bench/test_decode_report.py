@@ -120,6 +120,19 @@ def test_claims_of_everything_in_memory_compare_like_with_like() -> None:
     assert drafted.ratio is None and drafted.holds is None  # llama.cpp with drafts was not measured
 
 
+def test_the_governor_is_measured_by_the_best_fixed_k() -> None:
+    records = [
+        record("moe-spac", 1.0),
+        record("moe-spac+draft", 1.25),
+        record("moe-spac+draft@1", 2.0),
+        record("moe-spac+draft@4", 0.5),
+    ]
+    claim = next(claim for claim in claims(lines(records)) if "governed" in claim.text)
+    assert claim.who == "moe-spac+draft / moe-spac+draft@1"
+    assert claim.ratio is not None and claim.ratio.value == pytest.approx(0.625) and not claim.holds
+    assert not any("governed" in claim.text for claim in claims(lines(records[:2])))
+
+
 def test_the_report_says_who_is_missing_who_failed_and_who_was_cut_short() -> None:
     records = [
         record("moe-spac", 4.0, texts=(text(2.5, 10, causes={"trunk": 1.0, "nothing": 0.0}),)),

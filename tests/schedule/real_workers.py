@@ -19,7 +19,9 @@ class Memory(ExpertMemory):
     """The real thing over real workers; the tests also look at the bytes."""
 
     def __init__(self, store: FakeStore, host: int, device: int, asynchronous: bool) -> None:
-        config = MemoryConfig(readers=2, read_ahead=3, queue_depth=3, read_retries=1, asynchronous=asynchronous)
+        config = MemoryConfig(
+            readers=2, read_ahead=3, queue_depth=3, read_retries=1, asynchronous=asynchronous
+        )
         bell = Bell()
         arenas = {"host": host_arena(host, RECORD_BYTES)}
         link = None

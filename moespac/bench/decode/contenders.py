@@ -4,7 +4,8 @@
 ``llama.cpp-ram``, with ``+draft`` or ``+lookup``: the same, loaded into memory; only where everything fits.
 ``transformers``: all in memory, in bfloat16; ``transformers+disk``: what does not fit is left to accelerate.
 Every other name is a policy of this engine (``moe-spac``, ``lru``, ``hybrimoe`` ...) on its own, or with ``+draft``
-(the embedded draft model) or ``+lookup`` (prompt lookup). moe-spac then governs K; the baselines have it fixed.
+(the embedded draft model) or ``+lookup`` (prompt lookup). moe-spac then governs K; the baselines have it fixed, and
+``@2`` at the end fixes it too: what the governor is measured by.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ class Contender:
     name: str
     system: str  # a peer's name, or a policy's
     draft: str  # one of DRAFTS
+    window: int | None = None  # K, where the name fixes it
 
     @property
     def is_peer(self) -> bool:
@@ -82,12 +84,16 @@ def _contender(name: str) -> Contender:
     if name in ("transformers", "transformers+disk"):
         return Contender(name, name, "none")
     system, _, draft = name.partition("+")
+    draft, _, window = draft.partition("@")
     draft = draft or "none"
-    if draft in DRAFTS and (system in ("llama.cpp", "llama.cpp-ram") or system in _policies()):
+    if draft in DRAFTS and system in ("llama.cpp", "llama.cpp-ram") and not window:
         return Contender(name, system, draft)
+    if draft in DRAFTS and system in _policies() and (not window or (window.isdecimal() and draft != "none")):
+        return Contender(name, system, draft, int(window) if window else None)
     known = ", ".join([*PEERS, *sorted(_policies())])
     raise ConfigError(
-        f"--contenders {name}: is not known; give one of {known}; all but transformers also with +draft or +lookup"
+        f"--contenders {name}: is not known; give one of {known}; all but transformers also with +draft or +lookup,"
+        " policies with +draft@2 too, which fixes K"
     )
 
 

@@ -93,4 +93,6 @@ def _window(contender: Contender, task: Task) -> Any:
     """K: none without a draft, governed for our own method, fixed for the baselines."""
     if contender.draft == "none":
         return 0
+    if contender.window is not None:
+        return contender.window
     return "auto" if contender.system == OURS else task.config.baseline_window

@@ -145,6 +145,11 @@ def claims(found: Sequence[Line]) -> list[Claim]:
             ),
             _bound_claim("memory for 25%, of the bound", 0.7, quarter),
         ]
+    for budget in sorted(budgets, reverse=True):
+        here = [line for line in found if line.budget == budget]
+        if any(_ours_fixed(line.contender) and line.contender.window for line in here):
+            text = f"memory for {budget:.0%}, K governed against the best fixed K"
+            wanted.append(_claim(text, 0.95, here, _ours_drafted, _ours_fixed))
     return wanted
 
 
@@ -172,7 +177,8 @@ def _fastest(found: Sequence[Line], choice: Choice) -> Line | None:
 
 
 def _ours(contender: Contender) -> bool:
-    return contender.system == OURS
+    """As users run it: no K fixed."""
+    return contender.system == OURS and contender.window is None
 
 
 def _ours_plain(contender: Contender) -> bool:
@@ -181,6 +187,11 @@ def _ours_plain(contender: Contender) -> bool:
 
 def _ours_drafted(contender: Contender) -> bool:
     return _ours(contender) and contender.draft != "none"
+
+
+def _ours_fixed(contender: Contender) -> bool:
+    """K = 0 is a fixed K too."""
+    return contender.system == OURS and (contender.window is not None or contender.draft == "none")
 
 
 def _llama(contender: Contender) -> bool:

@@ -34,7 +34,7 @@ _VARIANTS: dict[str, dict[str, list[str]]] = {
 }
 
 
-_ONCE = ("api", "decoder", "pool")
+_ONCE = ("api", "decoder", "pass", "pool")
 _FOR_EACH = ("expert", "attention")  # sources compiled for each instruction set
 
 

@@ -1,4 +1,4 @@
-"""The plain decoder's layers for a few tokens, without torch in between: the trunk's share of a pass."""
+"""The plain decoder's layers for a few tokens, without torch in between."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ from moespac.experts.kernels.library import (
     FORMATS,
     DecoderLayer,
     DecoderShape,
+    Experts,
     Matrix,
+    PassModel,
+    Run,
     Weights,
     chosen_isa,
     load_library,
 )
+from moespac.experts.kernels.passes import Buffers, HostExperts, NativePass
 
 MAX_TOKENS = 32  # of a call, as in kernels.h
 HEAD_PAD = 16  # a head's keys and values are filled up with zeros to a multiple of this, as in decoder.h
@@ -53,15 +57,6 @@ class Router:
 
 
 @dataclass(frozen=True)
-class Routed:
-    """What a layer's experts are asked: x (T, hidden) for experts index (T, k) int64 with their shares (T, k)."""
-
-    x: torch.Tensor
-    index: torch.Tensor | None  # None: the router is the caller's too
-    shares: torch.Tensor | None
-
-
-@dataclass(frozen=True)
 class LayerWeights:
     """One decoder layer. ``norms``: before attention, before the block, of q, of k (these two may be None)."""
 
@@ -89,78 +84,76 @@ class NativeDecoder:
         if library is None or isa is None:
             raise NotServed("no native kernel")
         self._held: list[Any] = []  # tensors whose addresses the library has
-        self._layers = [self._describe(layer, shape.width, library, isa) for layer in layers]
+        self._layers = (DecoderLayer * len(layers))(
+            *(self._describe(layer, shape.width, library, isa) for layer in layers)
+        )
         self._head, self._norm = self._weights(head), self._vector(norm)
-        self._layer_addresses = [ctypes.addressof(layer) for layer in self._layers]
-        self._head_address = ctypes.addressof(self._head)
         self._hidden, self._vocabulary = shape.hidden, head.weight.shape[0]
-        self._run_layer, self._run_head = library.moespac_decoder_layer, library.moespac_decoder_head
-        self._decoder = library.moespac_decoder_new(ctypes.addressof(shape), max(1, threads), isa)
+        self._threads, self._isa = max(1, threads), isa.decode()
+        self._library = library
+        self._decoder = library.moespac_decoder_new(ctypes.addressof(shape), self._threads, isa)
         if not self._decoder:
             raise MemoryError("no memory for the native decoder")
         weakref.finalize(self, library.moespac_decoder_free, self._decoder).atexit = False
+        self._routed = sum(not layer.up.matrix.rows for layer in self._layers)
+        self._top_k = self._common_top_k()
+        self._model = self._pass_model(max((layer.router.matrix.rows for layer in self._layers), default=0))
+        self._experts: tuple[HostExperts | None, Experts] = (None, Experts())
 
-    def layer(
+    def begin(
         self,
-        number: int,
         x: torch.Tensor,
-        block: torch.Tensor | None,
+        keep: int,
         store: torch.Tensor,
         start: int,
         rotary: tuple[torch.Tensor, torch.Tensor],
-    ) -> Routed | None:
-        """Layer ``number``: x (T, hidden), the residual stream, in place, after ``block`` (T, hidden) was added.
+        experts: HostExperts | None,
+    ) -> NativePass:
+        """A pass of x (T, hidden), the residual stream, in place; to give the logits of the last ``keep`` tokens.
 
-        ``store`` (2, G, room, padded D) has keys and values up to ``start``; ``rotary`` are cosines and sines,
-        (T, D), the sines of the first half negative. Returns what is left to the caller: nothing (None) where the
-        block is dense.
+        ``store`` (layers, 2, G, room, padded D) has keys and values up to ``start``; ``rotary`` are cosines and
+        sines, (T, D), the sines of the first half negative. ``experts``: a layer of which all that are routed to
+        are ready needs no caller.
         """
-        routed = self._routed(self._layers[number], x)
-        failed = self._run_layer(
-            self._decoder,
-            self._layer_addresses[number],
-            x.data_ptr(),
-            _address(block),
-            x.shape[0],
-            store.data_ptr(),
-            store.shape[2],
-            start,
-            rotary[0].data_ptr(),
-            rotary[1].data_ptr(),
-            *(
-                (None, None, None)
-                if routed is None
-                else map(_address, (routed.x, routed.index, routed.shares))
-            ),
+        tokens, spans = x.shape[0], torch.empty(self._routed, 4, dtype=torch.float64)
+        routings = (self._routed, tokens, self._top_k)
+        index, shares = torch.empty(routings, dtype=torch.int64), torch.empty(routings)
+        buffers = Buffers(torch.empty_like(x), index, shares, spans, torch.empty(keep, self._vocabulary))
+        run = Run(
+            *(x.data_ptr(), buffers.normed.data_ptr(), tokens, keep),
+            *(store.data_ptr(), store.shape[3], start, *(part.data_ptr() for part in rotary)),
+            *(part.data_ptr() for part in (index, shares, spans, buffers.logits)),
         )
-        if failed:
-            raise MemoryError("no memory for the activations of a pass")
-        return routed
+        return NativePass(self._library, self._model, self._served(experts), run, buffers)
 
-    def head(self, x: torch.Tensor, block: torch.Tensor | None) -> torch.Tensor:
-        """Logits (T, vocabulary) of x (T, hidden) once ``block`` is added."""
-        logits = torch.empty(x.shape[0], self._vocabulary)
-        failed = self._run_head(
-            self._decoder,
-            self._head_address,
-            self._norm,
-            x.data_ptr(),
-            _address(block),
-            x.shape[0],
-            logits.data_ptr(),
-        )
-        if failed:
-            raise MemoryError("no memory for the activations of a pass")
-        return logits
+    def _served(self, experts: HostExperts | None) -> Experts:
+        """What the library is told of ``experts``: nothing, where they or a router are not for it."""
+        if experts is not self._experts[0]:
+            kernel = experts.kernel if experts else None
+            fit = kernel and self._top_k and (kernel.isa, kernel.threads) == (self._isa, self._threads)
+            self._experts = (experts, experts.describe() if experts and fit else Experts())
+        return self._experts[1]
 
-    def _routed(self, layer: DecoderLayer, x: torch.Tensor) -> Routed | None:
-        """What layer will fill."""
-        if layer.up.matrix.rows:
-            return None
-        if not layer.router.matrix.rows:
-            return Routed(torch.empty_like(x), None, None)
-        shape = (x.shape[0], layer.top_k)
-        return Routed(torch.empty_like(x), torch.empty(shape, dtype=torch.int64), torch.empty(shape))
+    def _common_top_k(self) -> int:
+        """Of all layers with experts, or 0 where their routers are the caller's."""
+        top_ks = {int(layer.top_k) for layer in self._layers if not layer.up.matrix.rows}
+        if len(top_ks) > 1:
+            raise NotServed("its layers choose different numbers of experts")
+        return top_ks.pop() if top_ks else 0
+
+    def _pass_model(self, experts: int) -> PassModel:
+        routings = MAX_TOKENS * self._top_k
+        scratch = [
+            torch.empty(MAX_TOKENS, self._hidden),
+            torch.empty(routings, self._hidden),
+            torch.empty(experts + 4 * routings, dtype=torch.int64),
+            torch.empty(routings, dtype=torch.float64),
+        ]
+        self._held += scratch
+        layers = ctypes.addressof(self._layers)
+        addresses = [part.data_ptr() for part in scratch]
+        head = ctypes.addressof(self._head)
+        return PassModel(self._decoder, layers, len(self._layers), self._top_k, head, self._norm, *addresses)
 
     def _describe(self, layer: LayerWeights, width: int, library: ctypes.CDLL, isa: bytes) -> DecoderLayer:
         described = DecoderLayer(qkv=self._weights(layer.qkv), out=self._weights(layer.out))
@@ -196,10 +189,6 @@ class NativeDecoder:
         vector = weight.float().contiguous()
         self._held.append(vector)
         return vector.data_ptr()
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
 
 
 class NotServed(Exception):

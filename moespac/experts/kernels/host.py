@@ -42,10 +42,11 @@ class HostKernel:
         self, expert: Expert, record_bytes: int, threads: int, library: ctypes.CDLL, isa: bytes
     ) -> None:
         self.isa = isa.decode()
+        self.threads = max(1, threads)
         self._hidden = expert.down.rows
         self._record_bytes = record_bytes
         self._run, self._join = library.moespac_kernel_run, library.moespac_join
-        self._kernel = library.moespac_kernel_new(ctypes.addressof(expert), max(1, threads), isa)
+        self._kernel = library.moespac_kernel_new(ctypes.addressof(expert), self.threads, isa)
         if not self._kernel:
             raise MemoryError("no memory for the native kernel")
         weakref.finalize(
@@ -75,6 +76,11 @@ class HostKernel:
             log.warning("experts run in torch: the native kernel (%s) computes something else", isa.decode())
             return None
         return HostKernel(_describe(layout, gate), layout.nbytes, threads, library, isa)
+
+    @property
+    def address(self) -> int:
+        """Of the library's own kernel; it lives as long as this object."""
+        return self._kernel
 
     def run(
         self,

@@ -74,6 +74,40 @@ class DecoderShape(ctypes.Structure):
     ]
 
 
+class PassModel(ctypes.Structure):
+    """``Model`` of pass.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("decoder", "layers")),
+        *((name, ctypes.c_int64) for name in ("layer_count", "top_k")),
+        *((name, ctypes.c_void_p) for name in ("head", "norm", "block", "outputs", "numbers", "seconds")),
+    ]
+
+
+class Experts(ctypes.Structure):
+    """``Experts`` of pass.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("kernel", "arena")),
+        *((name, ctypes.c_int64) for name in ("record_bytes", "experts")),
+        *((name, ctypes.c_void_p) for name in ("slots", "ready")),
+    ]
+
+
+class Run(ctypes.Structure):
+    """``Run`` of pass.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "normed")),
+        *((name, ctypes.c_int64) for name in ("tokens", "keep")),
+        ("store", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("room", "start")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "index", "shares", "spans", "logits")),
+        *((name, ctypes.c_int64) for name in ("layer", "row")),
+        ("block", ctypes.c_void_p),
+    ]
+
+
 _POINTER, _INT64 = ctypes.c_void_p, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_isa": (ctypes.c_char_p, [ctypes.c_char_p]),
@@ -87,12 +121,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     ),
     "moespac_decoder_new": (_POINTER, [_POINTER, ctypes.c_int, ctypes.c_char_p]),
     "moespac_decoder_free": (None, [_POINTER]),
-    "moespac_decoder_layer": (
-        ctypes.c_int,
-        [*[_POINTER] * 4, ctypes.c_int, _POINTER, _INT64, _INT64, *[_POINTER] * 5],
-    ),
     "moespac_join": (None, [_POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER]),
-    "moespac_decoder_head": (ctypes.c_int, [*[_POINTER] * 5, ctypes.c_int, _POINTER]),
+    "moespac_pass": (ctypes.c_int, [_POINTER, _POINTER, _POINTER, _INT64]),
 }
 
 

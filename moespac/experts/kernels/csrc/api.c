@@ -5,6 +5,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "experts.h"
 #include "kernels.h"
 #include "memory.h"
 #include "pool.h"
@@ -59,7 +60,7 @@ typedef struct {
     char *prepared; /* (MAX_TOKENS, bytes of the down matrix's activations) */
 } Scratch;
 
-typedef struct {
+struct Kernel {
     Expert expert;
     const Isa *isa;
     Pool *pool;
@@ -71,7 +72,7 @@ typedef struct {
     struct Item *items;
     size_t items_capacity;
     pthread_mutex_t turn; /* one call at a time: the memory above is shared */
-} Kernel;
+};
 
 /* Some tokens of one expert: what a worker takes at once. */
 typedef struct Item {
@@ -128,7 +129,9 @@ EXPORT Kernel *moespac_kernel_new(const Expert *expert, int threads, const char 
     return NULL;
 }
 
-static double now(void) {
+Pool *kernel_pool(const Kernel *kernel) { return kernel->pool; }
+
+double now(void) {
     struct timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
     return (double)time.tv_sec + 1e-9 * (double)time.tv_nsec;

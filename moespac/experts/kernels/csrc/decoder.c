@@ -15,42 +15,21 @@
 
 enum {
     ROWS_AT_ONCE = 64,       /* of a matrix, that a thread takes */
-    SHARED_WORK = 200 * 1000 /* products below which waking a thread costs more than it saves: some 15 us */
+    SHARED_WORK = 30 * 1000 /* products below which a second thread costs more than it saves: some 3 us */
 };
 
-typedef struct {
-    Matrix matrix; /* offsets from `base` */
-    const char *base;
-} Weights;
-
-/* Addresses of float32 vectors; NULL where there is none. The q and k norms are over `norm_width` numbers. */
-typedef struct {
-    Weights qkv, out;
-    Weights up, down; /* a dense block; up.matrix.rows is 0 where there is none */
-    Gate gate;
-    Weights router; /* of a block of experts, which are the caller's; router.matrix.rows is 0 where that is too */
-    int64_t top_k, renormalise; /* the shares of a token's experts are made to add up to 1 */
-    const float *before, *between, *q_norm, *k_norm;
-    int64_t whole_norms; /* q and k are normed over all heads, not head by head */
-} Layer;
-
-typedef struct {
-    int64_t hidden, heads, groups, width, padded;
-    float epsilon, scale;
-} Shape;
-
-typedef struct {
+struct Decoder {
     Shape shape;
     const Isa *isa;
     const DecoderIsa *decoder_isa;
-    Pool *pool;
+    Pool *own, *pool; /* the second one does the work; the first, or one that was lent */
     int threads;
     /* Of MAX_TOKENS tokens; those by thread last. */
     float *normed, *wide, *mixed, *inner, *queries, *heads_out;
     char *prepared;
     size_t wide_capacity, inner_capacity, prepared_capacity, scores_capacity;
     float *scores;
-} Decoder;
+};
 
 /* ---- matrices -------------------------------------------------------------------------------------------------- */
 
@@ -180,6 +159,10 @@ static const DecoderIsa *find_decoder_isa(const Isa *isa) {
     return &decoder_portable;
 }
 
+const Shape *decoder_shape(const Decoder *decoder) { return &decoder->shape; }
+
+Pool *decoder_borrow(Decoder *decoder, Pool *pool) { return decoder->pool = pool ? pool : decoder->own; }
+
 /* ---- what Python calls ----------------------------------------------------------------------------------------- */
 
 static void add(float *x, const float *y, int64_t n) {
@@ -238,7 +221,7 @@ static int dense_block(Decoder *decoder, const Layer *layer, float *x, int token
  * up to `start`; cos and sin (tokens, width). normed (tokens, hidden) is what the caller's block takes, where the
  * block is not dense; index and shares (tokens, top_k) say which experts, where the layer has a router. Returns 0, or
  * -1 when memory is short. */
-EXPORT int moespac_decoder_layer(Decoder *decoder, const Layer *layer, float *x, const float *block, int tokens,
+int decoder_layer(Decoder *decoder, const Layer *layer, float *x, const float *block, int tokens,
                                  float *store, int64_t room, int64_t start, const float *cos, const float *sin,
                                  float *normed, int64_t *index, float *shares) {
     const Shape *shape = &decoder->shape;
@@ -265,7 +248,7 @@ EXPORT void moespac_join(const float *x, const float *weights, int64_t tokens, i
 }
 
 /* logits (tokens, rows of head) of x (tokens, hidden), which `block` (or NULL) is added to. */
-EXPORT int moespac_decoder_head(Decoder *decoder, const Weights *head, const float *weight, float *x,
+int decoder_head(Decoder *decoder, const Weights *head, const float *weight, float *x,
                                 const float *block, int tokens, float *logits) {
     if (block) add(x, block, tokens * decoder->shape.hidden);
     norm_all(decoder, x, weight, tokens, decoder->normed);
@@ -273,7 +256,7 @@ EXPORT int moespac_decoder_head(Decoder *decoder, const Weights *head, const flo
 }
 
 EXPORT void moespac_decoder_free(Decoder *decoder) {
-    if (decoder->pool) pool_free(decoder->pool);
+    if (decoder->own) pool_free(decoder->own);
     free(decoder->normed);
     free(decoder->wide);
     free(decoder->mixed);
@@ -294,7 +277,7 @@ EXPORT Decoder *moespac_decoder_new(const Shape *shape, int threads, const char 
     decoder->isa = find_isa(isa);
     decoder->decoder_isa = find_decoder_isa(decoder->isa);
     decoder->threads = threads;
-    decoder->pool = pool_new(threads);
+    decoder->pool = decoder->own = pool_new(threads);
     decoder->normed = allocate((size_t)(4 * MAX_TOKENS * shape->hidden));
     decoder->mixed = allocate((size_t)(4 * MAX_TOKENS * shape->heads * shape->width));
     decoder->queries = allocate(queries);

@@ -20,15 +20,31 @@ struct Pool {
     void *context;
     int64_t items;
     atomic_int_fast64_t next;
-    int busy; /* workers inside the present run */
-    uint64_t runs;
+    atomic_int busy; /* workers inside the present run */
+    atomic_uint_fast64_t runs;
+    atomic_int awake;
     pthread_t threads[];
 };
+
+enum { LOOKS = 20 * 1000 }; /* before sleeping: some 100 us, a few times what stands between two runs */
 
 typedef struct {
     Pool *pool;
     int number;
 } Worker;
+
+static void pause_(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Look a while whether there is a new run. */
+static void look_for_run(Pool *pool, uint64_t seen) {
+    for (int i = 0; i < LOOKS && atomic_load(&pool->awake) && atomic_load(&pool->runs) == seen; i++) pause_();
+}
 
 static void take_items(Pool *pool, void (*work)(void *, int64_t, int), void *context, int64_t items, int worker) {
     int64_t item;
@@ -43,7 +59,11 @@ static void *worker_main(void *argument) {
     pthread_mutex_lock(&pool->lock);
     while (!pool->closing) {
         if (pool->work == NULL || pool->runs == seen) {
-            pthread_cond_wait(&pool->wake, &pool->lock);
+            uint64_t runs = pool->runs;
+            pthread_mutex_unlock(&pool->lock);
+            look_for_run(pool, runs);
+            pthread_mutex_lock(&pool->lock);
+            if (pool->runs == runs && !pool->closing) pthread_cond_wait(&pool->wake, &pool->lock);
             continue;
         }
         seen = pool->runs;
@@ -103,6 +123,8 @@ void pool_free(Pool *pool) {
     free(pool);
 }
 
+void pool_stay_awake(Pool *pool, int awake) { atomic_store(&pool->awake, awake); }
+
 void pool_run(Pool *pool, void (*work)(void *, int64_t, int), void *context, int64_t items) {
     if (pool->workers == 0 || items < 2) {
         for (int64_t item = 0; item < items; item++) work(context, item, 0);
@@ -121,6 +143,9 @@ void pool_run(Pool *pool, void (*work)(void *, int64_t, int), void *context, int
     take_items(pool, work, context, items, 0);
     pthread_mutex_lock(&pool->lock);
     pool->work = NULL; /* who wakes up only now finds nothing */
+    pthread_mutex_unlock(&pool->lock);
+    for (int i = 0; i < LOOKS && atomic_load(&pool->awake) && atomic_load(&pool->busy); i++) pause_();
+    pthread_mutex_lock(&pool->lock);
     while (pool->busy) pthread_cond_wait(&pool->idle, &pool->lock);
     pthread_mutex_unlock(&pool->lock);
 }

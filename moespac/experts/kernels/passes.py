@@ -1,0 +1,126 @@
+"""One pass of a native decoder: from layer to layer in the library, as far as it gets without asking."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from moespac.experts.kernels.host import HostKernel
+from moespac.experts.kernels.library import Experts, PassModel, Run
+
+_FAILED, _OVER, _ASKS = -1, 0, 2  # of what pass.c returns
+_NO_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True, eq=False)
+class HostExperts:
+    """Where a model's experts lie in host memory: live views, which nobody changes during a call.
+
+    arena (slots, record_bytes) uint8; slots (MoE layers, experts) int64, the place of each in it; ready
+    (MoE layers, experts) bool, whether its record is there.
+    """
+
+    kernel: HostKernel
+    arena: torch.Tensor
+    slots: NDArray[np.int64]
+    ready: NDArray[np.bool_]
+
+    def describe(self) -> Experts:
+        """For the library, which does not hold them."""
+        assert self.slots.flags.c_contiguous and self.ready.flags.c_contiguous
+        slots, ready = (torch.from_numpy(part).data_ptr() for part in (self.slots, self.ready))
+        record_bytes, experts = self.arena.shape[1], self.slots.shape[1]
+        return Experts(self.kernel.address, self.arena.data_ptr(), record_bytes, experts, slots, ready)
+
+
+@dataclass(frozen=True)
+class Routed:
+    """What a layer's experts are asked: x (T, hidden) for experts index (T, k) int64 with their shares (T, k)."""
+
+    layer: int  # of all layers
+    x: torch.Tensor
+    index: torch.Tensor | None  # None: the router is the caller's too
+    shares: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Computed:
+    """MoE layers whose experts the library computed: whom it routed to, index and shares (layers, T, k).
+
+    spans (layers, 4): the seconds from the start of the call to the experts' beginning, those of all together, the
+    part of one of them, and the tokens that this one ran for.
+    """
+
+    index: NDArray[np.int64]
+    shares: NDArray[np.float32]
+    spans: NDArray[np.float64]
+
+
+@dataclass
+class Buffers:
+    """Of one pass. normed (T, hidden); index and shares (MoE layers, T, k), spans (MoE layers, 4), logits
+    (keep, vocabulary)."""
+
+    normed: torch.Tensor
+    index: torch.Tensor
+    shares: torch.Tensor
+    spans: torch.Tensor
+    logits: torch.Tensor
+    block: torch.Tensor | None = None  # what the caller computed last
+
+
+class NativePass:
+    """A window on its way through a ``NativeDecoder``, whose ``begin`` makes it."""
+
+    def __init__(
+        self, library: ctypes.CDLL, model: PassModel, experts: Experts, run: Run, buffers: Buffers
+    ) -> None:
+        self._call = library.moespac_pass
+        self._held = (model, experts)
+        self._addresses = [ctypes.addressof(part) for part in (model, experts, run)]
+        self._run = run
+        self._buffers = buffers
+        self._told = 0  # MoE layers that the caller has computed or was told of
+        self.over = False
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """(keep, vocabulary), once it is over."""
+        assert self.over
+        return self._buffers.logits
+
+    def advance(self, most: int | None = None) -> Routed | None:
+        """Run until the pass is over, or the experts of ``most`` layers were computed, or those of a layer are the
+        caller's: then ``give`` what they make of what is returned. Raises MemoryError."""
+        state = self._call(*self._addresses, most or _NO_LIMIT)
+        if state == _FAILED:
+            raise MemoryError("no memory for the activations of a pass")
+        self.over = state == _OVER
+        return self._asked() if state == _ASKS else None
+
+    def give(self, block: torch.Tensor) -> None:
+        """The output of the block that was asked for, (T, hidden) float32, contiguous."""
+        self._buffers.block = block
+        self._run.block = block.data_ptr()
+        self._run.layer += 1
+        self._run.row += 1
+        self._told += 1
+
+    def computed(self) -> Computed | None:
+        """What the library has computed since this was asked last."""
+        new = slice(self._told, self._run.row)
+        if new.start == new.stop:
+            return None
+        self._told = new.stop
+        buffers = self._buffers
+        return Computed(*(part[new].numpy() for part in (buffers.index, buffers.shares, buffers.spans)))
+
+    def _asked(self) -> Routed:
+        buffers, row = self._buffers, self._run.row
+        if not buffers.index.shape[2]:
+            return Routed(self._run.layer, buffers.normed, None, None)
+        return Routed(self._run.layer, buffers.normed, buffers.index[row], buffers.shares[row])
