@@ -15,7 +15,7 @@ from tests.sim.small import MACHINE, MODEL, random_trace
 
 
 def test_the_eager_systems_are_baselines_of_the_paper_and_none_is_compiled() -> None:
-    assert EAGER < set(STANDARD)
+    assert set(STANDARD) > EAGER
     assert not EAGER & {"llama.cpp", "llama.cpp+sd", "vllm-offload"}
 
 
