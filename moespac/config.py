@@ -25,6 +25,27 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class GraphConfig:
+    """The trunk on a GPU, as CUDA graphs. Not measured on one yet."""
+
+    most_tokens: int = 17  # of a window: 16 drafted, the paper's most, and one; longer ones are prompts
+    least_bucket: int = 256  # tokens that attention reads at least: fewer save nothing that can be measured
+    windows_kept: int = 24  # recorded pairs of size and bucket; each is as many graphs as layers
+
+
+@dataclass(frozen=True)
+class GroupedConfig:
+    """How a layer's experts are computed on an accelerator; by data sheets (docs/accelerator-kernels.md)."""
+
+    window_tokens: int = 32  # a pass's, up to which dot products in float32 keep up with memory: any window
+    torch_multiplications: float = 5e9  # an expert's in a pass, from which on torch's own matmul, twice as fast,
+    # makes up for the 80 us that its dozen launches take: 1,000 tokens of a 2048 x 768 expert
+    job_bytes: int = 16 << 10  # staged for a launch, at first: four times what 128 experts' jobs take
+    tolerance: float = 2e-2  # of the norm, when the kernels are tried against torch: in bfloat16 a prompt errs
+    # by some 5e-3, a wrong gate or layout by 1e-1
+
+
+@dataclass(frozen=True)
 class ContextConfig:
     """How the routing of all layers together corrects the expectation of each expert. Values: docs/log.md."""
 
@@ -432,6 +453,7 @@ class EngineConfig:
     """All of it: what ``moespac.load`` assembles from its arguments."""
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    graphs: GraphConfig = field(default_factory=GraphConfig)
     method: PolicyConfig = field(default_factory=PolicyConfig)
     policy: str = "moe-spac"
     window: int | Literal["auto"] = (

@@ -15,6 +15,7 @@ Record = Callable[[str, str, float, float], None]  # (lane, name, start, duratio
 
 REQUEST = "request"  # its spans are "prefill" and "decode"
 ACCELERATOR = "accelerator experts"
+TRUNK_ON_DEVICE = "accelerator trunk"  # its spans are stretches between two blocks of experts
 STORAGE = "storage"  # "storage 1", "storage 2" ...: one for each reader
 LINK = "link"
 LANES_OF_CAUSES = {  # the causes of ``PassClock``
@@ -25,8 +26,16 @@ LANES_OF_CAUSES = {  # the causes of ``PassClock``
     "verify": "decide",
     "wait_for_experts": "wait",
     "wait_for_accelerator": "wait",
+    "wait_for_device": "wait",  # for a router's choice, or drafted tokens
 }
-_ORDER = [REQUEST, *dict.fromkeys(LANES_OF_CAUSES.values()), ACCELERATOR, LINK, STORAGE]  # as they are shown
+_ORDER = [  # as they are shown
+    REQUEST,
+    *dict.fromkeys(LANES_OF_CAUSES.values()),
+    TRUNK_ON_DEVICE,
+    ACCELERATOR,
+    LINK,
+    STORAGE,
+]
 
 
 def ignore(lane: str, name: str, start: float, duration: float) -> None:

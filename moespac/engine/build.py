@@ -20,12 +20,14 @@ from moespac.experts.accelerator import Accelerator
 from moespac.experts.budget import available_device_bytes, available_host_bytes, is_none, slots_for
 from moespac.experts.compute import ExpertMath
 from moespac.experts.devices import Computers
+from moespac.experts.grouped import GroupedExperts
 from moespac.experts.kernels import HostKernel
 from moespac.experts.manifest import is_pack
 from moespac.experts.movers import LinkCopier, StorageReader, host_arena
 from moespac.experts.runtime import ExpertRuntime
 from moespac.experts.store import CheckpointStore, ExpertStore, PackedStore
 from moespac.experts.workers import Bell
+from moespac.model.graphed import GraphedTrunk
 from moespac.model.index import build_index
 from moespac.model.lean import LeanTrunk
 from moespac.model.load import choose_dtype, load_tokenizer, load_trunk
@@ -100,11 +102,13 @@ def load(
 
     for module in modules:
         module.stand_in()
-    trunk = open_trunk(network, torch.get_num_threads())
-    runtime = _build_runtime(store, skeleton, find_routers(network, modules), config, device)
+    clock = PassClock(time.perf_counter)
+    trunk = open_trunk(network, torch.get_num_threads(), clock, config.graphs)
+    routers = find_routers(network, modules)
+    runtime = _build_runtime(store, skeleton, routers, config, device, compute_dtype, clock)
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
-    if isinstance(trunk, LeanTrunk):
+    if isinstance(trunk, LeanTrunk | GraphedTrunk):
         trunk.attach(runtime)
     drafter = _build_drafter(draft, network, tokenizer, compute_dtype, runtime)
     profile_file = _profile_file(profile, fingerprint)
@@ -138,12 +142,13 @@ def _build_runtime(
     routers: list[nn.Module | None],
     config: EngineConfig,
     device: torch.device,
+    dtype: torch.dtype,
+    clock: PassClock,
 ) -> ExpertRuntime:
     memory, shape, bell = config.memory, store.shape, Bell()
     capacity = _capacity(memory, shape, device)
     policy = make_policy(config.policy, shape, capacity, config.method)
     arena = host_arena(capacity.host, shape.record_bytes)
-    clock = PassClock(time.perf_counter)
     reader = StorageReader(store, arena, memory, bell, clock.tape)
     accelerator = link = None
     if capacity.accelerator:
@@ -155,7 +160,9 @@ def _build_runtime(
     prototype, threads = next(iter(skeleton.experts.values())), torch.get_num_threads()
     kernel = HostKernel.build(prototype, store.layout, threads)
     math = ExpertMath(prototype, store.layout)
-    computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1)
+    grouped = GroupedExperts.build(prototype, store.layout, device, dtype) if accelerator else None
+    job_kernels = grouped.job_kernels if grouped else None
+    computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1, grouped, job_kernels)
     return ExpertRuntime(store, tiers, policy, computers, routers, clock)
 
 

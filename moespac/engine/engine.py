@@ -113,7 +113,7 @@ class Engine:
             return sequence.drafter.propose(sequence.tokens, k)
 
     def _forward(self, sequence: Sequence, window: Window) -> torch.Tensor:
-        """One pass over ``window``; logits (drafted + 1, vocabulary) of its last positions, on the CPU."""
+        """One pass over ``window``; logits (drafted + 1, vocabulary) of its last positions, where the trunk is."""
         self.runtime.begin_pass(window)
         with self.runtime.clock.measure("trunk"):
             return self.trunk(torch.from_numpy(window.tokens), sequence.cache, keep=window.drafted + 1)
@@ -239,14 +239,14 @@ class Engine:
 
 def _verify(sequence: Sequence, draft: Draft, logits: torch.Tensor) -> Verdict:
     if sequence.sampling.greedy:
-        return verify_greedy(draft.tokens, logits)
-    target = probabilities(logits, sequence.sampling)
+        return verify_greedy(draft.tokens, logits)  # on a device: a few token ids come over, and not all logits
+    target = probabilities(logits.cpu(), sequence.sampling)
     return verify_sampled(draft.tokens, draft.probs, target, sequence.generator)
 
 
 def _logprobs(sequence: Sequence, tokens: list[int], logits: torch.Tensor) -> list[TokenLogprob] | None:
     wanted = sequence.top_logprobs
-    return None if wanted is None else token_logprobs(tokens, logits, wanted)
+    return None if wanted is None else token_logprobs(tokens, logits.cpu(), wanted)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -39,6 +39,10 @@ class Summary:
     window: int | str  # K as asked for; 0 where the model's cache cannot be rewound
     exactness: str
     versions: dict[str, str]
+    # Where the trunk runs as recordings: the host's own microseconds from a router's choice to the next launch, and
+    # launches of the trunk.
+    host_us_per_layer: float | None = None
+    launches_per_layer: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,6 +66,7 @@ class Meter:
         self._bytes = dict(runtime.memory.bytes_read)
         self._hits, self._misses = runtime.stats.hits, runtime.stats.misses
         self._seconds = dict(runtime.clock.seconds)
+        self._path = replace(runtime.clock.path)
         self._prefill_seconds = 0.0
         self._first_tokens = 0
         self._passes = self._drafted = self._accepted = 0
@@ -71,6 +76,7 @@ class Meter:
         self._prefill_seconds = self._runtime.clock.now() - self._start
         self._runtime.clock.tape(REQUEST, "prefill", self._start, self._prefill_seconds)
         self._seconds = dict(self._runtime.clock.seconds)
+        self._path = replace(self._runtime.clock.path)
         self._first_tokens = tokens
 
     def passed(self, drafted: int, accepted: int) -> None:
@@ -97,6 +103,17 @@ class Meter:
             "peak_bytes": {"host": 0, "accelerator": 0}
             | {tier.name: tier.peak_bytes for tier in memory.tiers},
             "seconds": self._by_cause(total),
+            **self._host_path(),
+        }
+
+    def _host_path(self) -> dict[str, float | None]:
+        path, before = self._runtime.clock.path, self._path
+        layers = path.layers - before.layers
+        if not layers:
+            return {"host_us_per_layer": None, "launches_per_layer": None}
+        return {
+            "host_us_per_layer": round((path.seconds - before.seconds) / layers * 1e6, 1),
+            "launches_per_layer": round((path.launches - before.launches) / layers, 2),
         }
 
     def _by_cause(self, total: float) -> dict[str, float]:

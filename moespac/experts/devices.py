@@ -16,7 +16,9 @@ from torch import nn
 
 from moespac.experts.accelerator import Accelerator
 from moespac.experts.compute import ExpertMath
+from moespac.experts.grouped import GroupedExperts
 from moespac.experts.kernels import HostKernel
+from moespac.experts.resident import JobKernels
 from moespac.experts.workers import Ticket
 from moespac.timeline import expert_name
 
@@ -30,6 +32,8 @@ class Computers:
     host: torch.Tensor  # the host tier's arena, (slots, record_bytes) uint8
     accelerator: Accelerator | None
     host_threads: int
+    grouped: GroupedExperts | None = None  # None: the accelerator computes its experts one by one in torch
+    job_kernels: JobKernels | None = None  # its kernels, for jobs that are made on the device
 
 
 class Groups:
@@ -46,6 +50,14 @@ class Groups:
         self.begins = self.counts.cumsum() - self.counts
         if not self.complete:
             self.begins += np.count_nonzero(flat < 0)
+
+    @property
+    def nowhere(self) -> NDArray[np.int64]:
+        """Rows of the (T * k) buffer that belong to no expert."""
+        if self.complete:
+            return self.order[:0]
+        first = self.begins[0]
+        return np.concatenate([self.order[:first], self.order[first + self.counts.sum() :]])
 
     def rows(self, expert: int) -> torch.Tensor:
         """Rows of the (T * k) buffer that belong to ``expert``."""
@@ -74,16 +86,25 @@ class LayerTensors:
         self._x = x
         self._x_host = x.to("cpu", torch.float32) if computers.kernel else x.to("cpu")
         self._now = now
-        buffer = torch.empty if groups.complete else torch.zeros
-        self._out = buffer(x.shape[0] * groups.top_k, x.shape[1], dtype=self._x_host.dtype)
+        self._host_experts: list[int] = []
         # On another device than the host, its experts' rows are gathered there and brought over once.
         self._apart = x.device.type != "cpu"
+        self._grouped = computers.grouped
+        self._rows = self._grouped.layer(x.shape[0], groups.top_k) if self._grouped else None
+        if self._rows is not None:
+            self._out, self._out_device = self._rows.host, self._rows.device
+            return
+        buffer = torch.empty if groups.complete else torch.zeros
+        self._out = buffer(x.shape[0] * groups.top_k, x.shape[1], dtype=self._x_host.dtype)
         self._out_device = torch.zeros_like(self._out, device=x.device) if self._apart else self._out
-        self._host_experts: list[int] = []
 
     def join(self, weights: torch.Tensor) -> torch.Tensor:
         """(T, hidden): the sum over a token's experts, weighted by ``weights`` (T, k)."""
         kernel, top_k = self._computers.kernel, self._groups.top_k
+        if self._grouped is not None and self._rows is not None:
+            return self._grouped.join(
+                self._rows, weights, self._x, self._host_rows().numpy(), self._groups.nowhere
+            )
         if kernel is not None and not self._apart:
             return kernel.join(self._out, weights.float().contiguous(), top_k).to(self._x.dtype)
         rows = self._gathered().view(-1, top_k, self._x.shape[1])
@@ -92,9 +113,14 @@ class LayerTensors:
     def _gathered(self) -> torch.Tensor:
         """All rows (T * k, hidden), on x's device."""
         if self._apart and self._host_experts:
-            rows = torch.cat([self._groups.rows(expert) for expert in self._host_experts])
+            rows = self._host_rows()
             self._out_device[rows.to(self._x.device)] = self._out[rows].to(self._x.device)
         return self._out_device
+
+    def _host_rows(self) -> torch.Tensor:
+        """Rows of the (T * k) buffer that were computed on the host."""
+        rows = [self._groups.rows(expert) for expert in self._host_experts]
+        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
 
     def compute_on_host(self, experts: list[int], slots: list[int]) -> NDArray[np.float64]:
         local = [expert - self._first_id for expert in experts]
@@ -112,12 +138,24 @@ class LayerTensors:
         assert accelerator is not None
 
         def job() -> None:
+            if self._grouped is not None:
+                self._compute_grouped(self._grouped, accelerator.arena, experts, slots)
+                return
             for expert, slot in zip(experts, slots, strict=True):
                 rows, y = self._expert(expert - self._first_id, self._x, accelerator.arena[slot])
                 self._out_device[rows.to(y.device)] = y.to(self._out_device.dtype)
 
         name = " ".join(expert_name(expert, len(self._groups.counts)) for expert in experts)
         return accelerator.compute(name, job)
+
+    def _compute_grouped(
+        self, grouped: GroupedExperts, arena: torch.Tensor, experts: list[int], slots: list[int]
+    ) -> None:
+        groups = self._groups
+        local = np.array(experts) - self._first_id
+        begins, counts = groups.begins[local], groups.counts[local]
+        x = self._x.contiguous()
+        grouped.run(x, groups.top_k, arena, np.array(slots), groups.order, begins, counts, self._out_device)
 
     def _compute_in_kernel(
         self, kernel: HostKernel, experts: NDArray[np.int64], slots: NDArray[np.int64]

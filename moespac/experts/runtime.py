@@ -13,6 +13,7 @@ from torch import nn
 
 from moespac.experts.devices import Computers, Groups, LayerTensors
 from moespac.experts.kernels.passes import Computed, HostExperts
+from moespac.experts.resident import ResidentExperts
 from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
 from moespac.policy.base import Policy, Sensor
@@ -56,6 +57,7 @@ class ExpertRuntime:
         self._window: Window | None = None
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
         self._weights: list[NDArray[np.float32]] = []  # the router's weights beside them, for the recorder
+        self._resident: ResidentExperts | None = None
         self._host_experts: HostExperts | None = None
         if computers.kernel is not None:
             grid = (store.shape.layers, store.shape.experts)
@@ -103,6 +105,18 @@ class ExpertRuntime:
         if self.windows is not None:
             self.windows.reset()
         self.memory.quiesce()
+
+    def resident(self) -> ResidentExperts | None:
+        """All experts as work of the accelerator's own, while it has every one of them, and kernels for it."""
+        accelerator, kernels = self._computers.accelerator, self._computers.job_kernels
+        tier = self.memory.accelerator
+        if accelerator is None or kernels is None or tier is None or not self.memory.all_at_hand:
+            self._resident = None
+        elif self._resident is None:  # none of them leaves its slot any more: there is one for each
+            slots = np.array([tier.slot(expert) for expert in range(self._shape.total)], dtype=np.int64)
+            by_layer = slots.reshape(self._shape.layers, self._shape.experts)
+            self._resident = ResidentExperts(kernels, lambda: accelerator.arena, by_layer, self._ran_resident)
+        return self._resident
 
     def close(self) -> None:
         """Stop all threads and free the tiers."""
@@ -221,6 +235,15 @@ class ExpertRuntime:
         if self.recorder is not None:
             self.recorder(observation)
 
+    def _ran_resident(self, routing: NDArray[np.int64], weights: NDArray[np.float32]) -> None:
+        """A pass of ``resident`` is over: routing and weights (layers, T, k)."""
+        self._routing = list(routing)
+        self._weights = list(weights) if self.recorder is not None else []
+        if self._window is None or not self._window.prefill:
+            ids = routing + np.arange(0, self._shape.total, self._shape.experts)[:, None, None]
+            active = int(np.count_nonzero(np.bincount(ids.reshape(-1))))
+            self.stats.accelerator.count(active, active)
+
     def _count_hits(self, host: NDArray[np.int64], accelerator: NDArray[np.int64]) -> None:
         if self._window is not None and self._window.prefill:
             return
@@ -255,7 +278,9 @@ class OffloadedExperts(nn.Module):
 
     def stand_in(self) -> None:
         """Until ``attach``: something cheap that depends on all it is given, to compare forward passes with."""
-        self._forward = lambda x, index, weights: x * (weights * (index % 7 + 1)).sum(-1, keepdim=True)
+        self._forward = lambda x, index, weights: (
+            x * (weights * (index.to(x.device) % 7 + 1)).sum(-1, keepdim=True).to(x.dtype)
+        )
 
     def attach(self, layer: int, runtime: ExpertRuntime) -> None:
         norm = getattr(self, "post_expert_norm", None)

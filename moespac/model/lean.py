@@ -125,7 +125,7 @@ class _Layer:
         """For the native decoder, its router among them if it can be."""
         q_norm, k_norm = (None if norm is None else norm.weight for norm in self._norms)
         norms = (self._before.weight, self._between.weight, q_norm, k_norm)
-        block = _dense(self.block) or (_router(self.block) if routers else None)
+        block = dense_block(self.block) or (_router(self.block) if routers else None)
         return LayerWeights(self.qkv, self.out, norms, block)
 
     def experts(self, routed: Routed) -> torch.Tensor:
@@ -192,10 +192,10 @@ class LeanTrunk:
         """``routers``: in the native kernel too, where they look like the usual one."""
         body = model.model
         self._embedding = body.embed_tokens.weight
-        self._layers = [_Layer(layer) for layer in body.layers]
+        self.layers = [_Layer(layer) for layer in body.layers]
         self._norm = body.norm
         self._head = Projection(model.lm_head.weight, model.lm_head.bias)
-        self._rotary = _Rotary(body.rotary_emb, self._embedding)
+        self.rotary = _Rotary(body.rotary_emb, self._embedding)
         attention = body.layers[0].self_attn
         self._width = attention.head_dim
         self._heads, self._groups = (
@@ -211,22 +211,22 @@ class LeanTrunk:
         self._experts = experts
 
     def new_cache(self) -> LeanCache:
-        return LeanCache(len(self._layers), self._groups, self._padded, self._embedding)
+        return LeanCache(len(self.layers), self._groups, self._padded, self._embedding)
 
     def __call__(self, tokens: torch.Tensor, cache: LeanCache, keep: int) -> torch.Tensor:
         """As ``trunk.Trunk``."""
         start, count = cache.length, len(tokens)
-        store, rotary = cache.reserve(count), self._rotary.at(start, start + count)
+        store, rotary = cache.reserve(count), self.rotary.at(start, start + count)
         x = F.embedding(tokens.to(self._embedding.device), self._embedding)
         native = self._native if count <= MAX_TOKENS else None
         if native is None:
-            logits = self._in_torch(x, store, start, rotary, keep)
+            logits = self.in_torch(x, store, start, rotary, keep)
         else:
             logits = self._in_kernel(native, x, store, start, rotary, keep)
         cache.length += count
         return logits
 
-    def _in_torch(
+    def in_torch(
         self,
         x: torch.Tensor,
         store: torch.Tensor,
@@ -234,8 +234,9 @@ class LeanTrunk:
         rotary: tuple[torch.Tensor, torch.Tensor],
         keep: int,
     ) -> torch.Tensor:
+        """x (T, hidden), the tokens' embeddings, after ``start`` tokens in ``store`` -> logits as ``__call__``."""
         mask = _mask(len(x), start, x.device) if start and len(x) > 1 else None
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self.layers):
             x = layer(x, rotary, store[number], start, mask)
         x = _normed(x[-keep:], self._norm)
         return F.linear(x, self._head.weight, self._head.bias).float().cpu()
@@ -258,7 +259,7 @@ class LeanTrunk:
                 if experts and (computed := run.computed()):
                     experts.computed(computed, began)
                 if routed is not None:
-                    run.give(self._layers[routed.layer].experts(routed))
+                    run.give(self.layers[routed.layer].experts(routed))
         return run.logits
 
     def _native_decoder(self, threads: int, routers: bool) -> NativeDecoder | None:
@@ -266,7 +267,7 @@ class LeanTrunk:
             return None
         sizes = (self._embedding.shape[1], self._heads, self._groups, self._width, self._padded)
         shape = DecoderShape(*sizes, self._norm.variance_epsilon, self._scale)
-        layers = [layer.weights(routers) for layer in self._layers]
+        layers = [layer.weights(routers) for layer in self.layers]
         try:
             return NativeDecoder(layers, self._head, self._norm.weight, shape, threads)
         except NotServed as reason:
@@ -302,11 +303,21 @@ def lean_trunk(model: Any, threads: int) -> LeanTrunk | None:
         lean = LeanTrunk(model, threads, routers)
         cache = lean.new_cache()
         logits = torch.cat([lean(tokens[a:b], cache, b - a) for a, b in _CHECKED])
-        off = float((logits - expected).abs().max() / expected.std().clamp(min=1e-6))
-        if off <= _TOLERANCE.get(model.dtype, _COARSE):
+        off = deviation(logits, expected.cpu())
+        if off <= tolerance(model.dtype):
             return lean
     log.info("%s: transformers' own forward pass is used (%.1e off)", model.config.model_type, off)
     return None
+
+
+def deviation(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, in units of the spread of what is expected."""
+    return float((logits - expected).abs().max() / expected.std().clamp(min=1e-6))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Deviation up to which two passes over the same weights are the same, but for rounding."""
+    return _TOLERANCE.get(dtype, _COARSE)
 
 
 def _has_the_parts(model: Any) -> bool:
@@ -367,7 +378,7 @@ def _mask(tokens: int, start: int, device: torch.device) -> torch.Tensor:
     return torch.ones(tokens, start + tokens, dtype=torch.bool, device=device).tril(start)
 
 
-def _dense(block: Any) -> DenseBlock | None:
+def dense_block(block: Any) -> DenseBlock | None:
     """``block`` as the native decoder computes it, or None where it is anything else, experts above all."""
     names = ("gate_proj", "up_proj", "down_proj")
     if _children(block) != {*names, "act_fn"} or any(

@@ -7,8 +7,12 @@ from typing import Any, Protocol
 
 import torch
 
+from moespac.config import GraphConfig
 from moespac.model.cache import FullCache, KvCache
-from moespac.model.lean import lean_trunk
+from moespac.model.graphed import GraphedTrunk, graphed_trunk
+from moespac.model.lean import LeanTrunk, lean_trunk
+from moespac.model.recorder import recorder_for
+from moespac.schedule.stats import PassClock
 
 
 class Cache(Protocol):
@@ -31,7 +35,7 @@ class Trunk(Protocol):
 
     def __call__(self, tokens: torch.Tensor, cache: Any, keep: int) -> torch.Tensor:
         """Token ids (T,) on the CPU, which join the cache -> logits (keep, vocabulary) of the last ``keep``,
-        float32, on the CPU."""
+        float32, on the CPU or the model's device."""
         ...
 
 
@@ -55,11 +59,22 @@ class ModelTrunk:
         return out.logits[0, -keep:].float().cpu()
 
 
-def open_trunk(model: Any, threads: int) -> Trunk:
-    """The leanest forward pass of a target, whose experts can be called; ``threads`` for the native kernel."""
-    return lean_trunk(model, threads) or ModelTrunk(model, lambda: KvCache(model))
+def open_trunk(model: Any, threads: int, clock: PassClock, graphs: GraphConfig) -> Trunk:
+    """The leanest forward pass of a target, whose experts can be called; ``threads`` for the native kernel.
+
+    Passes over recordings wait, and count what they cost the host, on ``clock``.
+    """
+    return _lean(model, threads, clock, graphs) or ModelTrunk(model, lambda: KvCache(model))
 
 
-def open_draft_trunk(model: Any, threads: int) -> Trunk:
+def open_draft_trunk(model: Any, threads: int, graphs: GraphConfig) -> Trunk:
     """The same of a draft model; its cache can be taken back at any time, to any length."""
-    return lean_trunk(model, threads) or ModelTrunk(model, FullCache)
+    return _lean(model, threads, PassClock(), graphs) or ModelTrunk(model, FullCache)
+
+
+def _lean(model: Any, threads: int, clock: PassClock, graphs: GraphConfig) -> GraphedTrunk | LeanTrunk | None:
+    lean = lean_trunk(model, threads)
+    recorder = recorder_for(model.device)
+    if lean is None or recorder is None:
+        return lean
+    return graphed_trunk(model, lean, recorder, clock, graphs) or lean

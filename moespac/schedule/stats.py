@@ -17,12 +17,33 @@ class _Block(NamedTuple):
 
 
 @dataclass
+class HostPath:
+    """What the host itself spends in passes whose trunk runs as recordings: from a router's choice to the next
+    launch. Waits, and experts computed on the host, are not in it."""
+
+    passes: int = 0
+    layers: int = 0  # MoE layers of those passes together
+    seconds: float = 0.0
+    launches: int = 0  # of the trunk: recordings, copies, events; those of the experts are not in it
+
+    def passed(self, layers: int, seconds: float) -> None:
+        self.passes += 1
+        self.layers += layers
+        self.seconds += seconds
+
+    def clear(self) -> None:
+        self.passes = self.layers = self.launches = 0
+        self.seconds = 0.0
+
+
+@dataclass
 class PassClock:
     """Seconds by cause on an injected clock. Causes that nest count their time in the inner one only."""
 
     now: Callable[[], float] = time.perf_counter
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     tape: Tape = field(default_factory=Tape)  # is told each span, if it is on
+    path: HostPath = field(default_factory=HostPath)
     _blocks: list[_Block] = field(default_factory=list)  # that are open, the innermost last
     _since: float = 0.0  # when the innermost block began, or went on after one inside it
 

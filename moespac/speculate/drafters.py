@@ -24,8 +24,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from moespac.config import SamplingConfig
+from moespac.config import GraphConfig, SamplingConfig
 from moespac.errors import DraftError
+from moespac.model.graphed import GraphedTrunk
 from moespac.model.trunk import open_draft_trunk
 from moespac.speculate.sampling import draw, probabilities
 
@@ -137,7 +138,7 @@ class ModelDrafter:
     ) -> None:
         """``model``: of ``load_draft_model``, or any whose tokens are the target's; ``vocab_size``: V."""
         config = model.config.get_text_config()
-        self._trunk = open_draft_trunk(model, torch.get_num_threads())
+        self._trunk = open_draft_trunk(model, torch.get_num_threads(), GraphConfig())
         self._vocab_size = vocab_size
         self._embeddings: int = config.vocab_size
         self._context: int = getattr(config, "max_position_embeddings", sys.maxsize)  # ALiBi: no limit
@@ -157,6 +158,8 @@ class ModelDrafter:
         missing = self._rewind(tokens)
         if max(missing) >= self._embeddings:  # the target's padding has ids that the draft model lacks
             return Draft()
+        if self._sampling.greedy and isinstance(self._trunk, GraphedTrunk) and self._trunk.drafts:
+            return Draft(self._feed_back(self._trunk, missing, k))
         choices = [self._choose(self._feed(missing))]
         while len(choices) < k:
             self._tick()
@@ -179,16 +182,29 @@ class ModelDrafter:
             del self._cached[shared:]
         return tokens[shared:]
 
+    def _feed_back(self, trunk: GraphedTrunk, missing: list[int], k: int) -> list[int]:
+        """``k`` greedy tokens after ``missing``, each fed to the next on the device."""
+        with self._reset_on_failure():
+            known = min(self._vocab_size, self._embeddings)
+            drafted = trunk.draft(missing, self._cache, k, known, self._tick)
+        self._cached += [*missing, *drafted[:-1]]
+        return drafted
+
     @torch.inference_mode()
     def _feed(self, tokens: list[int]) -> torch.Tensor:
         """Logits (V,), float32, of what follows ``tokens``, which join the cache."""
-        try:
+        with self._reset_on_failure():
             (logits,) = self._trunk(torch.tensor(tokens), self._cache, keep=1)
+        self._cached += tokens
+        return _fit(logits.cpu(), self._vocab_size)
+
+    @contextmanager
+    def _reset_on_failure(self) -> Iterator[None]:
+        try:
+            yield
         except BaseException:
             self.reset()  # cut short (Ctrl-C too), it may have grown some layers and not others
             raise
-        self._cached += tokens
-        return _fit(logits, self._vocab_size)
 
     def _choose(self, logits: torch.Tensor) -> tuple[int, torch.Tensor | None]:
         """A token, and the distribution (V,) it was drawn from if it was drawn."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
 
 from moespac.config import SamplingConfig
 from moespac.errors import DraftError
-from moespac.experts.kernels.decoder import NativeDecoder
+from moespac.experts.kernels.passes import NativePass
 from moespac.speculate.drafters import ModelDrafter, NoDrafter, PromptLookupDrafter, load_draft_model
 from moespac.speculate.sampling import probabilities
 
@@ -216,7 +216,7 @@ def test_a_forward_cut_short_leaves_nothing_behind(changes, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # the layers have already cached
-        patch.setattr(NativeDecoder, "head", interrupt)
+        patch.setattr(NativePass, "logits", property(interrupt))
         hook = model.model.norm.register_forward_pre_hook(interrupt)
         with pytest.raises(KeyboardInterrupt):
             drafter.propose([1, 2, 3, 4], 3)

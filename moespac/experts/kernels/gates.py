@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +22,11 @@ _SIZES = (0.3, 3.0, 30.0, 3000.0)  # of the numbers tried: around zero, usual on
 
 def find_gate(prototype: nn.Module, library: ctypes.CDLL, isa: bytes) -> Gate | None:
     """The gate that computes what ``prototype`` computes, to float32's accuracy; None when the kernel has none."""
+    return match_gate(prototype, lambda gate, up: _apply(gate, up, library, isa))
+
+
+def match_gate(prototype: nn.Module, apply: Callable[[Gate, torch.Tensor], torch.Tensor]) -> Gate | None:
+    """The same with ``apply``: (gate, up (2 * width,), or (width,) without a gate) -> (width,)."""
     experts: Any = prototype
     generator = torch.Generator().manual_seed(0)
     wide = 2 * _WIDTH if experts.has_gate else _WIDTH
@@ -29,7 +34,7 @@ def find_gate(prototype: nn.Module, library: ctypes.CDLL, isa: bytes) -> Gate | 
     exact = up.double()
     expected = (experts._apply_gate(exact) if experts.has_gate else experts.act_fn(exact)).float()
     for gate in _candidates(experts):
-        found = torch.stack([_apply(gate, row, library, isa) for row in up])
+        found = torch.stack([apply(gate, row) for row in up])
         if torch.allclose(found, expected, rtol=1e-5, atol=1e-6):
             return gate
     return None

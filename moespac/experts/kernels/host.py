@@ -32,8 +32,8 @@ class HostKernel:
 
     x is float32. Float records are multiplied with it in float32, int8 and int4 ones with x rounded to 16 bits
     (15 for int4) under one scale for 256 inputs, their products summed exactly over those: |error| of an input is
-    at most 2^-16 (2^-15) of the largest in its 256. What differs from float64 arithmetic on the decoded weights is
-    that and float32's rounding of sums. A row's output depends on its token and its expert alone, bit by bit: not
+    at most 1/65534 (1/32638) of the largest in its 256. What differs from float64 on the decoded weights is that
+    and float32's rounding of sums. A row's output depends on its token and its expert alone, bit by bit: not
     on threads, the other experts of the call, or the other tokens of the expert. Variants for different
     instruction sets may differ in the last bits.
     """

@@ -1,13 +1,12 @@
 /* The arithmetic of experts, written once and compiled for each instruction set.
  *
  * A matrix is taken four rows at a time, so that one load of an activation serves four weights, and 256 columns
- * (a block) at a time. Weights become float vectors, or int16 vectors where they are quantised, while the same part of
- * the next four rows is fetched from memory: read in that order, memory is as fast as it gets.
+ * (a block) at a time. The four rows lie a quarter of the matrix apart: memory is read in four long streams, each in
+ * its own order, which processors fetch ahead faster than one stream, and faster than a program can ask them to.
  *
  * Quantised weights meet 16-bit activations, one scale a block: products and their sum over a block are exact
- * integers, then added up as floats. An int4 weight is scale * q + minimum with two row factors; scale * q fits 12
- * bits and is multiplied like an int8 weight, and the minima are an int8 matrix of their own, one column a group,
- * that meets the groups' sums of activations.
+ * integers, then added up as floats. An int4 weight is scale * q + minimum with two row factors; the sums over
+ * scale * q are integers as an int8 row's are, and the minima meet the groups' sums of activations.
  *
  * What is added to what, and in which order, follows from the matrix alone: an output does not depend on how many
  * tokens are computed beside it.
@@ -21,18 +20,19 @@
 enum {
     ROWS = 4,
     MOST = 4, /* rows or tokens in registers at once */
-    BLOCK = 256, /* columns: their products with int4's 12-bit weights just fit the sums' 32 bits, see INT4_MAX */
+    BLOCK = 256, /* columns: their products with int4's 12-bit weights just fit the sums' 32 bits */
     GROUP = 32,  /* columns of one int4 scale */
-    SHORTS = 2 * LANES,         /* int16 in a vector */
-    VECTORS = GROUP / SHORTS,   /* int16 vectors in a group */
-    INT8_ACTIVATION = 32767,    /* 127 * 32767 * (256 columns / 8 lanes) < 2^31 */
-    INT4_ACTIVATION = 16383     /* 15 * 255 * 16383 * (256 columns / 8 lanes) < 2^31 */
+    BLOCK_GROUPS = BLOCK / GROUP,
+    INT8_ACTIVATION = 32767,          /* 127 * 32767 * (256 columns / 8 lanes) < 2^31 */
+    INT4_ACTIVATION = 127 * 128 + 63  /* two bytes of 128 * high + low; 15 * 255 * 16319 * (256 / 8) < 2^31 */
 };
 
 INLINE int64_t align_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t groups_of(int64_t columns) { return (columns + GROUP - 1) / GROUP; }
 INLINE int64_t blocks_of(int64_t columns) { return (columns + BLOCK - 1) / BLOCK; }
+/* Columns that are loaded at once. */
+INLINE int64_t unit_of(int format) { return format == FORMAT_INT4 ? UNIT4 : UNIT8; }
 INLINE int is_float(int format) { return format <= FORMAT_F16; }
 
 /* Bytes that `columns` weights take in a row. */
@@ -47,16 +47,22 @@ INLINE int64_t bytes_of(int format, int64_t columns) {
 
 /* ---- activations ------------------------------------------------------------------------------------------- */
 
-/* Floats: x filled up with zeros. Integers: int16 filled up with zeros, then one float scale a block. */
-INLINE int64_t plane_bytes(int is_integer, int64_t columns) {
+/* Floats: x filled up with zeros. Integers: 16 bits each, filled up with zeros and arranged as the instruction set
+ * wants them; one float scale a block; int4: the sums of the groups, as floats, filled up with zeros. */
+typedef struct {
+    int64_t scales, sums, end; /* bytes from the start */
+} Prepared;
+
+INLINE Prepared prepared_of(const int format, int64_t columns) {
     int64_t padded = align_up(columns, PAD);
-    return align_up(is_integer ? 2 * padded + 4 * blocks_of(columns) : 4 * padded, 64);
+    Prepared at = {2 * padded, 2 * padded + 4 * blocks_of(columns), 0};
+    at.end = is_float(format) ? 4 * padded : at.sums;
+    if (format == FORMAT_INT4) at.end += 4 * align_up(groups_of(columns), LANES);
+    return at;
 }
 
 static size_t prepared_bytes(const Matrix *matrix) {
-    if (is_float(matrix->format)) return (size_t)plane_bytes(0, matrix->columns);
-    int64_t bytes = plane_bytes(1, matrix->columns);
-    return (size_t)(matrix->format == FORMAT_INT4 ? bytes + plane_bytes(1, groups_of(matrix->columns)) : bytes);
+    return (size_t)align_up(prepared_of(matrix->format, matrix->columns).end, 64);
 }
 
 /* x (n <= BLOCK) -> q (n) and the scale; |x - q * scale| <= scale / 2, scale = max |x| / `most`.
@@ -84,71 +90,57 @@ INLINE void quantize_block(const float *x, int64_t n, int most, int16_t *q, floa
     }
 }
 
-/* Where the scales are in the activations of an integer plane. */
-INLINE float *scales_in(const char *plane, int64_t columns) {
-    return (float *)(plane + 2 * align_up(columns, PAD));
-}
-
-static void quantize(const float *x, int64_t columns, int most, char *plane) {
-    int16_t *q = (int16_t *)plane;
-    for (int64_t start = 0; start < columns; start += BLOCK)
-        quantize_block(x + start, least(BLOCK, columns - start), most, q + start,
-                       scales_in(plane, columns) + start / BLOCK);
-    memset(q + columns, 0, (size_t)(2 * (align_up(columns, PAD) - columns)));
-}
-
-/* The sums over each group of the activations in `plane`: what int4's minima are multiplied by. They are sums of
- * the rounded activations: a rounding error is then weighted by the weight and not by its distance from the
- * minimum. */
-static void quantize_group_sums(const char *plane, int64_t columns, char *sums_plane) {
-    const int16_t *q = (const int16_t *)plane;
-    const float *scales = scales_in(plane, columns);
-    int64_t groups = groups_of(columns);
-    int16_t *sums_q = (int16_t *)sums_plane;
-    for (int64_t start = 0; start < groups; start += BLOCK) {
-        float sums[BLOCK];
-        int64_t n = least(BLOCK, groups - start);
-        for (int64_t g = 0; g < n; g++) {
-            int32_t sum = 0;
-            for (int64_t i = 0; i < GROUP; i++) sum += q[(start + g) * GROUP + i];
-            sums[g] = (float)sum * scales[(start + g) * GROUP / BLOCK];
+/* The sums of each group are sums of the rounded activations: a rounding error is then weighted by the weight and not
+ * by its distance from the minimum. */
+INLINE void quantize(const int format, const float *x, int64_t columns, char *prepared) {
+    Prepared at = prepared_of(format, columns);
+    float *scales = (float *)(prepared + at.scales), *sums = (float *)(prepared + at.sums);
+    for (int64_t start = 0; start < columns; start += BLOCK) {
+        int16_t q[BLOCK] = {0};
+        int64_t n = least(BLOCK, columns - start), block = start / BLOCK;
+        quantize_block(x + start, n, format == FORMAT_INT4 ? INT4_ACTIVATION : INT8_ACTIVATION, q, scales + block);
+        for (int64_t i = 0; i < n; i += unit_of(format)) {
+            if (format == FORMAT_INT4) w4_arrange(q + i, prepared + 2 * (start + i));
+            else w8_arrange(q + i, prepared + 2 * (start + i));
         }
-        quantize_block(sums, n, INT8_ACTIVATION, sums_q + start, scales_in(sums_plane, groups) + start / BLOCK);
+        for (int64_t g = 0; format == FORMAT_INT4 && g < groups_of(n); g++) {
+            int32_t sum = 0;
+            for (int64_t i = 0; i < GROUP; i++) sum += q[g * GROUP + i];
+            sums[block * BLOCK_GROUPS + g] = (float)sum * scales[block];
+        }
     }
-    memset(sums_q + groups, 0, (size_t)(2 * (align_up(groups, PAD) - groups)));
+    if (format == FORMAT_INT4)
+        for (int64_t g = groups_of(columns); g % LANES; g++) sums[g] = 0.0f;
 }
 
 static void prepare(const Matrix *matrix, const float *x, char *prepared) {
     int64_t columns = matrix->columns;
-    if (is_float(matrix->format)) {
-        memcpy(prepared, x, (size_t)(4 * columns));
-        memset(prepared + 4 * columns, 0, (size_t)(plane_bytes(0, columns) - 4 * columns));
-    } else if (matrix->format == FORMAT_INT8) {
-        quantize(x, columns, INT8_ACTIVATION, prepared);
+    if (matrix->format == FORMAT_INT8) {
+        quantize(FORMAT_INT8, x, columns, prepared);
+    } else if (matrix->format == FORMAT_INT4) {
+        quantize(FORMAT_INT4, x, columns, prepared);
     } else {
-        quantize(x, columns, INT4_ACTIVATION, prepared);
-        quantize_group_sums(prepared, columns, prepared + plane_bytes(1, columns));
+        memcpy(prepared, x, (size_t)(4 * columns));
+        memset(prepared + 4 * columns, 0, (size_t)(4 * (align_up(columns, PAD) - columns)));
     }
 }
 
 /* ---- four rows by a few tokens ------------------------------------------------------------------------------- */
 
-/* Weights that lie alike and meet the same activations: a matrix, or the minima of an int4 one. */
-typedef struct {
-    int64_t rows, columns;
-    const char *values;
-    int64_t stride; /* bytes from row to row */
-    const uint8_t *scales; /* int4: (rows, groups) */
-    int64_t activations; /* where its activations begin in a token's */
-} Plane;
-
-/* Four rows of a plane from one column on, and where the tokens' activations for them are. */
+/* Four rows of a matrix from one column on, and some tokens' activations for them. */
 typedef struct {
     const char *values[ROWS];
-    const uint8_t *scales[ROWS];
-    int64_t columns; /* a multiple of GROUP */
-    const char *next; /* as many bytes of the rows after these: to be fetched meanwhile */
+    const uint8_t *scales[ROWS];      /* int4 */
+    const uint8_t *last_scales[ROWS]; /* int4: of a block that is not whole, BLOCK_GROUPS of them can be read */
+    int64_t columns; /* a multiple of the format's unit */
+    const char *const *x;
+    const float *const *x_scales; /* one a block */
 } Tile;
+
+/* Which of a tile's rows and tokens are in registers at once: eight sums at most, and what they are made of. */
+typedef struct {
+    int row, rows, token, tokens;
+} Grip;
 
 INLINE vf load_floats(const int format, const char *row, int64_t k) {
     switch (format) {
@@ -158,166 +150,165 @@ INLINE vf load_floats(const int format, const char *row, int64_t k) {
     }
 }
 
-INLINE void load_shorts(const int format, const char *row, const uint8_t *scales, int64_t k, vs w[VECTORS]) {
-    if (format == FORMAT_INT4) {
-        vs_of_nibbles((const uint8_t *)row + k / 2, scales[k / GROUP], w);
-        return;
-    }
-    for (int v = 0; v < VECTORS; v++)
-        w[v] = vs_of_int8(row + k + v * SHORTS);
-}
-
-/* Which of a tile's rows and how many tokens are in registers at once: eight sums, and what they are made of. */
-typedef struct {
-    int first, rows, tokens;
-    int leads; /* the first to meet these weights */
-} Grip;
-
-/* Fetch what the next tile has in place of the columns k ... k + n - 1 of this grip's rows, in the order of memory. */
-INLINE void prefetch(const int format, const Grip grip, const Tile *tile, int64_t k, const int n) {
-    const char *from = tile->next + grip.first * bytes_of(format, tile->columns) + grip.rows * bytes_of(format, k);
-    if (grip.leads && format != FORMAT_F32) /* whose four rows, 32 KiB, would push out what is needed sooner */
-        for (int i = 0; i < grip.rows * bytes_of(format, n); i += 64) __builtin_prefetch(from + i);
-}
-
-/* sums[t][r] += weights[r] * x[t] over the tile's columns. `grip` is a constant. */
-INLINE void add_floats(const int format, const Grip grip, const Tile *tile, const char *const *x, int64_t at, vf *sums) {
-    vf acc[MOST][MOST];
-    for (int t = 0; t < grip.tokens; t++)
-        for (int r = 0; r < grip.rows; r++) acc[t][r] = sums[t * ROWS + grip.first + r];
+/* sums[t][r] += weights[r] * x[t] over the tile's columns. All of `grip` but its first token is constant, here and
+ * below. */
+INLINE void add_floats(const int format, const Grip grip, const Tile *tile, vf sums[MOST][MOST]) {
     for (int64_t k = 0; k < tile->columns; k += LANES) {
         vf w[MOST];
-        prefetch(format, grip, tile, k, LANES);
-        for (int r = 0; r < grip.rows; r++) w[r] = load_floats(format, tile->values[grip.first + r], k);
+        for (int r = 0; r < grip.rows; r++) w[r] = load_floats(format, tile->values[grip.row + r], k);
         for (int t = 0; t < grip.tokens; t++) {
-            vf value = vf_load(x[t] + 4 * (at + k));
-            for (int r = 0; r < grip.rows; r++) acc[t][r] = vf_fma(w[r], value, acc[t][r]);
+            vf value = vf_load(tile->x[grip.token + t] + 4 * k);
+            for (int r = 0; r < grip.rows; r++) sums[t][r] = vf_fma(w[r], value, sums[t][r]);
         }
     }
-    for (int t = 0; t < grip.tokens; t++)
-        for (int r = 0; r < grip.rows; r++) sums[t * ROWS + grip.first + r] = acc[t][r];
 }
 
-INLINE void add_integers(const int format, const Grip grip, const Tile *tile, const char *const *x, int64_t at,
-                         int64_t scales_at, vf *sums) {
-    vi acc[MOST][MOST];
-    for (int t = 0; t < grip.tokens; t++)
-        for (int r = 0; r < grip.rows; r++) acc[t][r] = vi_zero();
-    for (int64_t k = 0; k < tile->columns; k += GROUP) {
-        const char *const *values = tile->values + grip.first;
-        prefetch(format, grip, tile, k, GROUP);
-        const uint8_t *const *scales = tile->scales + grip.first;
-        if (grip.rows > grip.tokens) { /* keep the few in registers, and load the many one by one */
-            vs value[MOST][VECTORS];
-            for (int t = 0; t < grip.tokens; t++)
-                for (int v = 0; v < VECTORS; v++) value[t][v] = vs_load(x[t] + 2 * (at + k + v * SHORTS));
-            for (int r = 0; r < grip.rows; r++) {
-                vs w[VECTORS];
-                load_shorts(format, values[r], scales[r], k, w);
-                for (int t = 0; t < grip.tokens; t++)
-                    for (int v = 0; v < VECTORS; v++) acc[t][r] = vi_dot(acc[t][r], w[v], value[t][v]);
-            }
-        } else {
-            vs w[MOST][VECTORS];
-            for (int r = 0; r < grip.rows; r++) load_shorts(format, values[r], scales[r], k, w[r]);
-            for (int t = 0; t < grip.tokens; t++)
-                for (int v = 0; v < VECTORS; v++) {
-                    vs value = vs_load(x[t] + 2 * (at + k + v * SHORTS));
-                    for (int r = 0; r < grip.rows; r++) acc[t][r] = vi_dot(acc[t][r], w[r][v], value);
-                }
-        }
-    }
-    for (int t = 0; t < grip.tokens; t++) {
-        float scale;
-        memcpy(&scale, x[t] + scales_at, 4);
+INLINE void add_int8(const Grip grip, const Tile *tile, int64_t k, vi sums[MOST][MOST]) {
+    const char *const *values = tile->values + grip.row, *const *x = tile->x + grip.token;
+    if (grip.rows > grip.tokens) { /* keep the few in registers, and load the many one by one */
+        w8 value[MOST];
+        for (int t = 0; t < grip.tokens; t++) value[t] = w8_activations(x[t] + 2 * k);
         for (int r = 0; r < grip.rows; r++) {
-            vf *sum = &sums[t * ROWS + grip.first + r];
-            *sum = vf_scaled(acc[t][r], scale, *sum);
+            w8 w = w8_load(values[r] + k);
+            for (int t = 0; t < grip.tokens; t++) sums[t][r] = w8_dot(sums[t][r], w, value[t]);
+        }
+    } else {
+        w8 w[MOST];
+        for (int r = 0; r < grip.rows; r++) w[r] = w8_load(values[r] + k);
+        for (int t = 0; t < grip.tokens; t++) {
+            w8 value = w8_activations(x[t] + 2 * k);
+            for (int r = 0; r < grip.rows; r++) sums[t][r] = w8_dot(sums[t][r], w[r], value);
         }
     }
 }
 
-INLINE void add_grip(const int format, const Grip grip, const Tile *tile, const char *const *x, int64_t at,
-                     int64_t scales_at, vf *sums) {
-    if (is_float(format)) add_floats(format, grip, tile, x, at, sums);
-    else add_integers(format, grip, tile, x, at, scales_at, sums);
-}
-
-/* Adds the first four, two or one of the tokens; -> how many. Four share the cost of converting the weights; float32
- * has none, and rather shares each activation between four rows. */
-INLINE int add_first(const int format, const int leads, const Tile *tile, const char *const *x, int64_t at,
-                     int64_t scales_at, int tokens, vf *sums) {
-    if (tokens >= 4 && format != FORMAT_F32) {
-        add_grip(format, (Grip){0, 2, 4, leads}, tile, x, at, scales_at, sums);
-        add_grip(format, (Grip){2, 2, 4, leads}, tile, x, at, scales_at, sums);
-        return 4;
+INLINE void add_int4(const Grip grip, const Tile *tile, int64_t k, const w4_scales *scales, int unit,
+                     vi sums[MOST][MOST]) {
+    const char *const *values = tile->values + grip.row, *const *x = tile->x + grip.token;
+    for (int r = 0; r < grip.rows; r++) {
+        w4 w = w4_load(values[r] + k / 2, scales[r], unit);
+        for (int t = 0; t < grip.tokens; t++) sums[t][r] = w4_dot(sums[t][r], w, x[t] + 2 * k);
     }
-    if (tokens >= 2) {
-        add_grip(format, (Grip){0, 4, 2, leads}, tile, x, at, scales_at, sums);
-        return 2;
+}
+
+INLINE void add_block(const int format, const Grip grip, const Tile *tile, int64_t start, vf sums[MOST][MOST]) {
+    int64_t n = least(BLOCK, tile->columns - start);
+    vi block[MOST][MOST];
+    for (int t = 0; t < grip.tokens; t++)
+        for (int r = 0; r < grip.rows; r++) block[t][r] = vi_zero();
+    if (format == FORMAT_INT8) {
+        for (int64_t k = 0; k < n; k += UNIT8) add_int8(grip, tile, start + k, block);
+    } else {
+        w4_scales scales[MOST];
+        for (int r = 0; r < grip.rows; r++)
+            scales[r] = w4_load_scales(n == BLOCK ? tile->scales[grip.row + r] + start / GROUP
+                                                  : tile->last_scales[grip.row + r]);
+        for (int64_t k = 0; k < n; k += UNIT4) add_int4(grip, tile, start + k, scales, (int)(k / UNIT4), block);
     }
-    add_grip(format, (Grip){0, 4, 1, leads}, tile, x, at, scales_at, sums);
-    return 1;
+    for (int t = 0; t < grip.tokens; t++)
+        for (int r = 0; r < grip.rows; r++)
+            sums[t][r] = vf_scaled(block[t][r], tile->x_scales[grip.token + t][start / BLOCK], sums[t][r]);
 }
 
-INLINE void add_tile(const int format, const Tile *tile, const char *const *x, int64_t at, int64_t scales_at, int tokens,
-                     vf *sums) {
-    int t = add_first(format, 1, tile, x, at, scales_at, tokens, sums);
-    while (t < tokens) t += add_first(format, 0, tile, x + t, at, scales_at, tokens - t, sums + t * ROWS);
+INLINE void add_grip(const int format, const Grip grip, const Tile *tile, vf *sums) {
+    vf acc[MOST][MOST];
+    vf *from = sums + grip.token * ROWS + grip.row;
+    for (int t = 0; t < grip.tokens; t++)
+        for (int r = 0; r < grip.rows; r++) acc[t][r] = from[t * ROWS + r];
+    if (is_float(format)) add_floats(format, grip, tile, acc);
+    else
+        for (int64_t start = 0; start < tile->columns; start += BLOCK) add_block(format, grip, tile, start, acc);
+    for (int t = 0; t < grip.tokens; t++)
+        for (int r = 0; r < grip.rows; r++) from[t * ROWS + r] = acc[t][r];
 }
 
-/* sums[t][r] = the products of rows `row` ... `row` + 3 with each token, still spread over lanes. Past the last row
- * the last one is taken again. */
-INLINE void plane_sums(const int format, const Plane *plane, int64_t row, const char *const *prepared, int tokens,
-                       vf *sums) {
+/* Four tokens share the cost of converting the weights; float32 has none, and rather shares each activation between
+ * four rows. */
+INLINE void add_tile(const int format, const Tile *tile, int tokens, vf *sums) {
+    int t = 0;
+    if (format != FORMAT_F32)
+        for (; t + 4 <= tokens; t += 4) {
+            add_grip(format, (Grip){0, 2, t, 4}, tile, sums);
+            add_grip(format, (Grip){2, 2, t, 4}, tile, sums);
+        }
+    for (; t + 2 <= tokens; t += 2) add_grip(format, (Grip){0, 4, t, 2}, tile, sums);
+    if (t < tokens) add_grip(format, (Grip){0, 4, t, 1}, tile, sums);
+}
+
+/* sums[t][r] = the products of a matrix's rows rows[r] with each token, still spread over lanes. */
+INLINE void add_rows(const int format, const Matrix *matrix, const char *record, const int64_t rows[ROWS],
+                     const char *const *prepared, int tokens, vf *sums) {
+    int64_t groups = groups_of(matrix->columns), columns = format == FORMAT_INT4 ? groups * GROUP : matrix->columns;
+    int64_t whole = columns / unit_of(format) * unit_of(format);
+    int64_t width = is_float(format) ? 4 : 2; /* of an activation */
+    /* Few tokens meet each weight once. More come back for it: it has to be in the first cache still. */
+    int64_t step = tokens > MOST ? 4 * BLOCK : columns;
+    uint8_t last_scales[ROWS][2 * BLOCK_GROUPS];
     const char *x[MAX_TOKENS];
-    for (int t = 0; t < tokens; t++) x[t] = prepared[t] + plane->activations;
+    const float *x_scales[MAX_TOKENS];
+    Tile tile; /* not cleared, and nothing else here that need not be: it costs as much as the sums of a short row */
+    tile.x = x;
+    tile.x_scales = x_scales;
+    for (int r = 0; format == FORMAT_INT4 && r < ROWS; r++) {
+        const uint8_t *scales = (const uint8_t *)record + matrix->scales + rows[r] * groups;
+        tile.scales[r] = scales;
+        if (columns % BLOCK == 0) continue;
+        memset(last_scales[r], 0, sizeof last_scales[r]);
+        memcpy(last_scales[r], scales + columns / BLOCK * BLOCK_GROUPS, (size_t)(columns % BLOCK / GROUP));
+        tile.last_scales[r] = last_scales[r];
+    }
     for (int i = 0; i < tokens * ROWS; i++) sums[i] = vf_zero();
-    for (int64_t start = 0; start < plane->columns; start += BLOCK) {
-        int64_t n = least(BLOCK, plane->columns - start), whole = n / GROUP * GROUP;
-        int64_t scales_at = 2 * align_up(plane->columns, PAD) + 4 * (start / BLOCK);
-        Tile tile = {.columns = whole,
-                     .next = plane->values + (row + ROWS) * plane->stride + ROWS * bytes_of(format, start)};
-        for (int r = 0; r < ROWS; r++) {
-            int64_t from = least(row + r, plane->rows - 1);
-            tile.values[r] = plane->values + from * plane->stride + bytes_of(format, start);
-            tile.scales[r] = plane->scales ? plane->scales + (from * plane->columns + start) / GROUP : NULL;
+    for (int64_t start = 0; start < columns; start += step) {
+        int64_t end = least(start + step, whole);
+        for (int t = 0; t < tokens; t++) {
+            x[t] = prepared[t] + width * start;
+            x_scales[t] = (const float *)(prepared[t] + prepared_of(format, matrix->columns).scales) + start / BLOCK;
         }
-        if (whole) add_tile(format, &tile, x, start, scales_at, tokens, sums);
-        if (n == whole) continue;
-        char rest[ROWS][4 * GROUP]; /* reading past a row's end could leave the record */
-        memset(rest, 0, sizeof rest);
         for (int r = 0; r < ROWS; r++) {
-            memcpy(rest[r], tile.values[r] + bytes_of(format, whole), (size_t)bytes_of(format, n - whole));
-            tile.values[r] = rest[r];
+            tile.values[r] = record + matrix->values + rows[r] * bytes_of(format, columns) + bytes_of(format, start);
+            if (format == FORMAT_INT4 && start) tile.scales[r] += step / GROUP;
         }
-        tile.columns = GROUP;
-        tile.next = rest[0];
-        add_tile(format, &tile, x, start + whole, scales_at, tokens, sums);
+        tile.columns = end - start;
+        if (tile.columns) add_tile(format, &tile, tokens, sums);
     }
-}
-
-static void plane_sums_of(int format, const Plane *plane, int64_t row, const char *const *prepared, int tokens,
-                          vf *sums) {
-    switch (format) {
-    case FORMAT_F32: plane_sums(FORMAT_F32, plane, row, prepared, tokens, sums); break;
-    case FORMAT_BF16: plane_sums(FORMAT_BF16, plane, row, prepared, tokens, sums); break;
-    case FORMAT_F16: plane_sums(FORMAT_F16, plane, row, prepared, tokens, sums); break;
-    case FORMAT_INT8: plane_sums(FORMAT_INT8, plane, row, prepared, tokens, sums); break;
-    default: plane_sums(FORMAT_INT4, plane, row, prepared, tokens, sums); break;
+    if (columns == whole) return;
+    char rest[ROWS][4 * UNIT4] = {{0}}; /* reading past a row's end could leave the record */
+    for (int r = 0; r < ROWS; r++) {
+        const char *from = record + matrix->values + rows[r] * bytes_of(format, columns) + bytes_of(format, whole);
+        tile.values[r] = memcpy(rest[r], from, (size_t)bytes_of(format, columns - whole));
+        if (format == FORMAT_INT4) tile.last_scales[r] += whole % BLOCK / GROUP;
     }
-}
-
-/* totals[t][r] += factor[r] * the rows' products. */
-static void add_plane(int format, const Plane *plane, int64_t row, const float factors[ROWS],
-                      const char *const *prepared, int tokens, float totals[][ROWS]) {
-    vf sums[MAX_TOKENS * ROWS];
-    plane_sums_of(format, plane, row, prepared, tokens, sums);
+    tile.columns = unit_of(format);
     for (int t = 0; t < tokens; t++) {
-        float products[ROWS];
-        vf_sum4(sums + t * ROWS, products);
-        for (int r = 0; r < ROWS; r++) totals[t][r] += factors[r] * products[r];
+        x[t] = prepared[t] + width * whole;
+        x_scales[t] = (const float *)(prepared[t] + prepared_of(format, matrix->columns).scales) + whole / BLOCK;
     }
+    add_tile(format, &tile, tokens, sums);
+}
+
+/* sums[t][r] = int4: the products of the rows' minima with sums of groups, still spread over lanes. */
+INLINE void add_minima(const Matrix *matrix, const char *record, const int64_t rows[ROWS], const char *const *prepared,
+                       const int tokens, vf *sums) {
+    int64_t groups = groups_of(matrix->columns), whole = groups / LANES * LANES, g = 0;
+    const char *minima[ROWS], *x[MOST];
+    vf acc[MOST][ROWS];
+    for (int r = 0; r < ROWS; r++) minima[r] = record + matrix->minima + rows[r] * groups;
+    for (int t = 0; t < tokens; t++) x[t] = prepared[t] + prepared_of(FORMAT_INT4, matrix->columns).sums;
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < ROWS; r++) acc[t][r] = vf_zero();
+    for (; g < whole; g += LANES)
+        for (int r = 0; r < ROWS; r++) {
+            vf minimum = vf_of_int8(minima[r] + g);
+            for (int t = 0; t < tokens; t++) acc[t][r] = vf_fma(minimum, vf_load(x[t] + 4 * g), acc[t][r]);
+        }
+    for (int r = 0; g < groups && r < ROWS; r++) {
+        char rest[LANES] = {0};
+        memcpy(rest, minima[r] + g, (size_t)(groups - g));
+        vf minimum = vf_of_int8(rest);
+        for (int t = 0; t < tokens; t++) acc[t][r] = vf_fma(minimum, vf_load(x[t] + 4 * g), acc[t][r]);
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int r = 0; r < ROWS; r++) sums[t * ROWS + r] = acc[t][r];
 }
 
 /* ---- a matrix -------------------------------------------------------------------------------------------------- */
@@ -335,33 +326,47 @@ static float bias_at(const Matrix *matrix, const char *record, int64_t row) {
     return values[0];
 }
 
+INLINE void multiply_as(const int format, const Matrix *matrix, const char *record, const char *const *prepared,
+                        int tokens, float *const *out) {
+    const float *factors = (const float *)(record + (format == FORMAT_INT4 ? matrix->row_scales : matrix->scales));
+    int64_t apart = (matrix->rows + ROWS - 1) / ROWS;
+    for (int64_t row = 0; row < apart; row++) {
+        int64_t rows[ROWS];
+        float bias[ROWS] = {0};
+        for (int r = 0; r < ROWS; r++) {
+            rows[r] = least(row + r * apart, matrix->rows - 1); /* past the last row it is taken again */
+            if (matrix->bias >= 0) bias[r] = bias_at(matrix, record, rows[r]);
+        }
+        vf sums[MAX_TOKENS * ROWS], minima[MAX_TOKENS * ROWS];
+        add_rows(format, matrix, record, rows, prepared, tokens, sums);
+        if (format == FORMAT_INT4) {
+            int t = 0;
+            for (; t + 2 <= tokens; t += 2) add_minima(matrix, record, rows, prepared + t, 2, minima + t * ROWS);
+            if (t < tokens) add_minima(matrix, record, rows, prepared + t, 1, minima + t * ROWS);
+        }
+        for (int t = 0; t < tokens; t++) {
+            float products[ROWS], least_products[ROWS];
+            vf_sum4(sums + t * ROWS, products);
+            if (format == FORMAT_INT4) vf_sum4(minima + t * ROWS, least_products);
+            for (int r = 0; r < ROWS; r++) {
+                float total = products[r];
+                if (format == FORMAT_INT8) total *= factors[rows[r]];
+                if (format == FORMAT_INT4)
+                    total = factors[2 * rows[r]] * total + factors[2 * rows[r] + 1] * least_products[r];
+                out[t][rows[r]] = bias[r] + total;
+            }
+        }
+    }
+}
+
 static void multiply(const Matrix *matrix, const char *record, const char *const *prepared, int tokens,
                      float *const *out) {
-    int format = matrix->format, is_int4 = format == FORMAT_INT4;
-    int64_t rows = matrix->rows, columns = matrix->columns, groups = groups_of(columns);
-    Plane values = {.rows = rows,
-                    .columns = is_int4 ? groups * GROUP : columns,
-                    .values = record + matrix->values,
-                    .stride = bytes_of(format, columns),
-                    .scales = is_int4 ? (const uint8_t *)record + matrix->scales : NULL};
-    Plane minima = {.rows = rows,
-                    .columns = groups,
-                    .values = record + matrix->minima,
-                    .stride = groups,
-                    .activations = plane_bytes(1, columns)};
-    const float *row_scales = (const float *)(record + (is_int4 ? matrix->row_scales : matrix->scales));
-    for (int64_t row = 0; row < rows; row += ROWS) {
-        int64_t present = least(ROWS, rows - row);
-        float totals[MAX_TOKENS][ROWS], factors[ROWS] = {0}, minimum_factors[ROWS] = {0}, bias[ROWS] = {0};
-        for (int64_t r = 0; r < present; r++) {
-            factors[r] = is_float(format) ? 1.0f : row_scales[is_int4 ? 2 * (row + r) : row + r];
-            minimum_factors[r] = is_int4 ? row_scales[2 * (row + r) + 1] : 0.0f;
-            bias[r] = matrix->bias < 0 ? 0.0f : bias_at(matrix, record, row + r);
-        }
-        for (int t = 0; t < tokens; t++) memcpy(totals[t], bias, sizeof bias);
-        add_plane(format, &values, row, factors, prepared, tokens, totals);
-        if (is_int4) add_plane(FORMAT_INT8, &minima, row, minimum_factors, prepared, tokens, totals);
-        for (int t = 0; t < tokens; t++) memcpy(out[t] + row, totals[t], (size_t)(4 * present));
+    switch (matrix->format) {
+    case FORMAT_F32: multiply_as(FORMAT_F32, matrix, record, prepared, tokens, out); break;
+    case FORMAT_BF16: multiply_as(FORMAT_BF16, matrix, record, prepared, tokens, out); break;
+    case FORMAT_F16: multiply_as(FORMAT_F16, matrix, record, prepared, tokens, out); break;
+    case FORMAT_INT8: multiply_as(FORMAT_INT8, matrix, record, prepared, tokens, out); break;
+    default: multiply_as(FORMAT_INT4, matrix, record, prepared, tokens, out); break;
     }
 }
 
@@ -402,15 +407,24 @@ static void apply_gate(const Gate *gate, const float *up, float *out, int64_t wi
     }
 }
 
+/* In four streams, as a matrix is read. */
 static int64_t read_all(const char *bytes, int64_t n) {
-    int64_t sums[8] = {0};
-    for (int64_t i = 0; i + 64 <= n; i += 64) {
-        int64_t line[8];
-        __builtin_prefetch(bytes + i + 1024, 0, 3);
-        memcpy(line, bytes + i, 64);
-        for (int j = 0; j < 8; j++) sums[j] ^= line[j];
-    }
-    return sums[0] ^ sums[1] ^ sums[2] ^ sums[3] ^ sums[4] ^ sums[5] ^ sums[6] ^ sums[7];
+    int64_t apart = n / (ROWS * 64) * 64, sum = 0;
+    vf sums[ROWS][2];
+    for (int r = 0; r < ROWS; r++) sums[r][0] = sums[r][1] = vf_zero();
+    for (int64_t i = 0; i < apart; i += 64)
+        for (int r = 0; r < ROWS; r++) {
+            for (int j = 0; j < 64 / (4 * LANES); j++)
+                sums[r][j] = vf_or(sums[r][j], vf_load(bytes + r * apart + i + 4 * LANES * j));
+        }
+    for (int64_t i = ROWS * apart; i < n; i++) sum ^= bytes[i];
+    for (int r = 0; r < ROWS; r++)
+        for (int i = 0; i < 2; i++) {
+            int64_t part;
+            memcpy(&part, &sums[r][i], 8);
+            sum ^= part;
+        }
+    return sum;
 }
 
 const Isa ISA = {ISA_NAME, prepared_bytes, prepare, multiply, apply_gate, read_all};

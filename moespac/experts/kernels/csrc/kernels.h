@@ -10,7 +10,7 @@ enum { ACTIVATION_SILU, ACTIVATION_GELU, ACTIVATION_GELU_TANH, ACTIVATION_RELU, 
 
 enum {
     MAX_TOKENS = 32, /* of an expert at once: their activations of one block fill half of a 32 KiB cache */
-    PAD = 32         /* activations are filled up with zeros to a multiple of this: int4's group */
+    PAD = 64         /* activations are filled up with zeros to a multiple of this: two groups of int4 */
 };
 
 /* One matrix (rows, columns) inside a record. Offsets in bytes from the record's start, -1 where there is none. */

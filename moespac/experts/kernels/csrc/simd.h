@@ -7,6 +7,11 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
+enum {
+    UNIT8 = 32, /* int8 weights loaded at once */
+    UNIT4 = 64  /* int4 weights: two groups of 32, 16 bytes each */
+};
+
 #if defined(MOESPAC_AVX512)
 #include "simd_avx512.h"
 #define ISA isa_avx512
@@ -27,6 +32,10 @@
 #define ISA isa_portable
 #define DECODER_ISA decoder_portable
 #define ISA_NAME "portable"
+#endif
+
+#ifndef OWN_UNITS
+#include "simd_units.h"
 #endif
 
 /* e^x within 2 units in the last place; the compiler vectorises it. x is cut off where float32 ends. */

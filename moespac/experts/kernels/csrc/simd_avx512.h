@@ -20,10 +20,11 @@ INLINE vf vf_of_f16(const void *p) { return _mm512_cvtph_ps(_mm256_loadu_si256(p
 INLINE void vf_sum4(const vf *a, float sums[4]) {
     for (int r = 0; r < 4; r++) sums[r] = _mm512_reduce_add_ps(a[r]);
 }
+INLINE vf vf_of_int8(const void *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p))); }
+INLINE vf vf_or(vf a, vf b) { return _mm512_or_ps(a, b); }
 INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
 INLINE vi vi_dot(vi c, vs a, vs b) { return _mm512_dpwssd_epi32(c, a, b); }
 INLINE vs vs_load(const void *p) { return _mm512_loadu_si512(p); }
-INLINE void vs_store(int16_t *p, vs a) { _mm512_storeu_si512(p, a); }
 INLINE vs vs_of_int8(const void *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(p)); }
 INLINE void vs_of_nibbles(const uint8_t *p, uint8_t scale, vs w[1]) {
     __m128i bytes = _mm_loadu_si128((const void *)p);

@@ -31,6 +31,14 @@ INLINE vf vf_of_f16(const void *p) {
 INLINE void vf_sum4(const vf *a, float sums[4]) {
     for (int r = 0; r < 4; r++) sums[r] = vaddvq_f32(vaddq_f32(a[r].val[0], a[r].val[1]));
 }
+INLINE vf vf_of_int8(const void *p) {
+    int16x8_t words = vmovl_s8(vld1_s8(p));
+    return (vf){{vcvtq_f32_s32(vmovl_s16(vget_low_s16(words))), vcvtq_f32_s32(vmovl_high_s16(words))}};
+}
+INLINE float32x4_t or_(float32x4_t a, float32x4_t b) {
+    return vreinterpretq_f32_u32(vorrq_u32(vreinterpretq_u32_f32(a), vreinterpretq_u32_f32(b)));
+}
+INLINE vf vf_or(vf a, vf b) { return (vf){{or_(a.val[0], b.val[0]), or_(a.val[1], b.val[1])}}; }
 INLINE vi vi_zero(void) { return (vi){{vdupq_n_s32(0), vdupq_n_s32(0)}}; }
 INLINE vi vi_dot(vi c, vs a, vs b) {
     for (int i = 0; i < 2; i++) {
@@ -42,7 +50,6 @@ INLINE vi vi_dot(vi c, vs a, vs b) {
 INLINE vs vs_load(const void *p) {
     return (vs){{vreinterpretq_s16_u8(vld1q_u8(p)), vreinterpretq_s16_u8(vld1q_u8((const uint8_t *)p + 16))}};
 }
-INLINE void vs_store(int16_t *p, vs a) { vst1q_s16(p, a.val[0]), vst1q_s16(p + 8, a.val[1]); }
 INLINE vs vs_of_int8(const void *p) {
     int8x16_t bytes = vld1q_s8(p);
     return (vs){{vmovl_s8(vget_low_s8(bytes)), vmovl_high_s8(bytes)}};

@@ -49,6 +49,19 @@ INLINE void vf_sum4(const vf *a, float sums[4]) {
         sums[r] = ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
     }
 }
+INLINE vf vf_of_int8(const void *p) {
+    const int8_t *bytes = p;
+    vf r;
+    for (int i = 0; i < 8; i++) r.v[i] = bytes[i];
+    return r;
+}
+INLINE vf vf_or(vf a, vf b) {
+    int32_t x[8], y[8];
+    memcpy(x, &a, 32), memcpy(y, &b, 32);
+    for (int i = 0; i < 8; i++) x[i] |= y[i];
+    memcpy(&a, x, 32);
+    return a;
+}
 INLINE vi vi_zero(void) { return (vi){{0}}; }
 INLINE vi vi_dot(vi c, vs a, vs b) {
     for (int i = 0; i < 8; i++)
@@ -56,7 +69,6 @@ INLINE vi vi_dot(vi c, vs a, vs b) {
     return c;
 }
 INLINE vs vs_load(const void *p) { vs r; memcpy(&r, p, 32); return r; }
-INLINE void vs_store(int16_t *p, vs a) { memcpy(p, &a, 32); }
 INLINE vs vs_of_int8(const void *p) {
     const int8_t *bytes = p;
     vs r;

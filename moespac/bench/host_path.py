@@ -1,0 +1,138 @@
+"""What the host spends on a layer while a device computes: microseconds of Python, with everything else taken out.
+
+`python -m moespac.bench.host_path` makes a model of Qwen3-30B-A3B's layers and experts, all of them tiny, and
+decodes windows of it through recordings that do nothing when launched. What is left is the host's own path from a
+router's choice to the next launch. A real launch, copy and event cost microseconds more, which only a GPU can tell.
+CPU time of this thread, so that a busy machine does not count, and neither do waits.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from time import thread_time
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from moespac.config import GraphConfig
+from moespac.engine.build import load
+from moespac.engine.engine import Engine
+from moespac.experts.runtime import OffloadedExperts
+from moespac.model.graphed import GraphedTrunk, graphed_trunk
+from moespac.model.lean import lean_trunk
+from moespac.model.recorder import InProcess, Work
+from moespac.schedule.stats import PassClock
+from moespac.types import Window
+
+LAYERS, EXPERTS, TOP_K = 48, 128, 8
+_VOCABULARY = 256
+
+
+class _Hollow(InProcess):
+    """Runs work while it is recorded, and does nothing when it is launched."""
+
+    def record(self, work: Work, state: Sequence[torch.Tensor] = ()) -> Work:
+        super().record(work, state)
+        return lambda: None
+
+
+class _Echo:
+    """A runtime whose experts cost nothing."""
+
+    def forward(self, layer: int, norm: Any, x: torch.Tensor, index: Any, weights: Any) -> torch.Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class HostTime:
+    """Microseconds a layer, medians over passes."""
+
+    trunk: float  # launching, the routing's way to the host, the experts' output into its place
+    decide: float  # of the policy: who computes what
+    dispatch: float  # to both devices, and the join; not the host's own share of the experts
+
+
+def measure(
+    windows: Sequence[int] = (1, 5, 17), accelerator: str = "17%", passes: int = 20
+) -> list[HostTime]:
+    """Of windows of so many tokens, every expert in host memory, some on the in-process accelerator too."""
+    with tempfile.TemporaryDirectory() as directory:
+        _model().save_pretrained(directory)
+        settings: dict[str, Any] = {"draft": "none", "host_memory": "100%", "profile": None, "window": 0}
+        with load(Path(directory), accelerator_memory=accelerator, **settings) as engine:
+            clock = engine.runtime.clock
+            clock.now = thread_time
+            trunk = _trunk(engine, clock)
+            whole = [_median(engine, trunk, clock, tokens, passes) for tokens in windows]
+            for module in engine.model.modules():
+                if isinstance(module, OffloadedExperts):
+                    echo: Any = _Echo()
+                    module.attach(0, echo)
+            alone = [_median(None, trunk, clock, tokens, passes) for tokens in windows]
+    pairs = zip(alone, whole, strict=True)
+    return [HostTime(trunk, decide, max(0.0, both - decide - trunk)) for (trunk, _), (both, decide) in pairs]
+
+
+def table(windows: Sequence[int] = (1, 5, 17)) -> None:
+    """Print ``measure`` for plain decoding and for windows."""
+    columns = measure(windows)
+    shown = Table("us per layer", *(f"{n} tokens" for n in windows), title="Host time of a layer")
+    for part in ("trunk", "decide", "dispatch"):
+        shown.add_row(part, *(f"{getattr(column, part):.0f}" for column in columns))
+    Console().print(shown)
+
+
+def _trunk(engine: Engine, clock: PassClock) -> GraphedTrunk:
+    lean = lean_trunk(engine.model, 1)
+    assert lean is not None
+    trunk = graphed_trunk(engine.model, lean, _Hollow(), clock, GraphConfig())  # each size is launched once
+    assert trunk is not None
+    return trunk
+
+
+def _median(
+    engine: Engine | None, trunk: GraphedTrunk, clock: PassClock, tokens: int, passes: int
+) -> tuple[float, float]:
+    """Microseconds a layer of the host's path, and of deciding within it."""
+    rng, cache, each = np.random.default_rng(0), trunk.new_cache(), []
+    for _ in range(passes):
+        window = Window(rng.integers(0, _VOCABULARY, tokens), drafted=tokens - 1)
+        clock.path.clear()
+        decided = clock.seconds["decide"]
+        if engine is not None:
+            engine.runtime.begin_pass(window)
+        trunk(torch.from_numpy(window.tokens), cache, tokens)
+        spent = (clock.path.seconds, clock.seconds["decide"] - decided)
+        if engine is not None:
+            engine.runtime.end_pass(accepted=tokens - 1)
+        each.append([seconds / clock.path.layers * 1e6 for seconds in spent])
+        cache.rewind(tokens)
+    path, decide = np.median(np.array(each), axis=0)
+    return float(path), float(decide)
+
+
+def _model() -> Qwen3MoeForCausalLM:
+    torch.manual_seed(0)
+    heads: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16}
+    config = Qwen3MoeConfig(
+        **heads,
+        vocab_size=_VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=LAYERS,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+    )
+    return Qwen3MoeForCausalLM(config)
+
+
+if __name__ == "__main__":
+    table()
