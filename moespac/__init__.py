@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from moespac.errors import (
     CheckpointError,
     ConfigError,
+    DeviceMemoryError,
     DraftError,
     ModelError,
     MoespacError,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "DeviceMemoryError",
     "DraftError",
     "Engine",
     "Generation",

@@ -25,6 +25,36 @@ class MemoryConfig:
 
 
 @dataclass(frozen=True)
+class DeviceConfig:
+    """How a CUDA card's memory is shared out, and how it is kept busy."""
+
+    context: int = 8192  # tokens whose KV caches have room beside the experts; longer texts take slots back
+    kv_growth: float = 1.5  # of its final size: a cache that doubles holds the old half while it is copied
+    graph_pool: int = 256 << 20  # CUDA graphs' private pool: a window's activations, shared by all layers
+    reserve: int = (
+        1 << 30
+    )  # a prefill chunk of 2048 tokens (0.3-0.6 GiB for models of 30B), cuBLAS, fragments
+    copies_ahead: int = (
+        2  # copies on the stream: one runs, one is behind it; more cannot be taken back or overtaken
+    )
+    arena_piece: int = 64 << 20  # given back at once: 1% of a small card's slots; 160 mappings for 10 GiB
+    shrink_share: float = (
+        0.05  # of the slots, when memory runs out; twice as many each time that is not enough
+    )
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How costs are measured when a model is loaded: as much as two seconds can tell."""
+
+    tokens: tuple[int, ...] = (1, 4, 16)  # decoding, a draft of ordinary length, the longest; linear between
+    records_bytes: int = 128 << 20  # read, copied and computed in turn: more than caches hold
+    experts_most: int = 64  # of small records too: a hundred tiny ones say nothing more
+    repeats: int = 3  # the least counts: others can only disturb
+    seconds: float = 1.0  # after which no further repeat begins
+
+
+@dataclass(frozen=True)
 class GraphConfig:
     """The trunk on a GPU, as CUDA graphs. Not measured on one yet."""
 
@@ -38,10 +68,14 @@ class GroupedConfig:
     """How a layer's experts are computed on an accelerator; by data sheets (docs/accelerator-kernels.md)."""
 
     window_tokens: int = 32  # a pass's, up to which dot products in float32 keep up with memory: any window
-    torch_multiplications: float = 5e9  # an expert's in a pass, from which on torch's own matmul, twice as fast,
+    torch_multiplications: float = (
+        5e9  # an expert's in a pass, from which on torch's own matmul, twice as fast,
+    )
     # makes up for the 80 us that its dozen launches take: 1,000 tokens of a 2048 x 768 expert
     job_bytes: int = 16 << 10  # staged for a launch, at first: four times what 128 experts' jobs take
-    tolerance: float = 2e-2  # of the norm, when the kernels are tried against torch: in bfloat16 a prompt errs
+    tolerance: float = (
+        2e-2  # of the norm, when the kernels are tried against torch: in bfloat16 a prompt errs
+    )
     # by some 5e-3, a wrong gate or layout by 1e-1
 
 
@@ -241,6 +275,8 @@ class DoctorConfig:
     much_swap: int = 1 << 30  # less is what systems swap out of idle programs
     slow_storage: float = 5e8  # below SATA disks' rate: hard disks, network file systems
     slow_link: float = 8e9  # PCIe 3.0 x16 reaches 12 GB/s
+    page_lock_bytes: int = 4 << 30  # tried at most: beyond the usual small limits, and two seconds
+    page_lock_slot: int = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -343,6 +379,78 @@ class DecodeBenchConfig:
     memory_bytes: int = 256 << 20  # read for the memory's bandwidth; no cache is as large
     storage_depth: int = 8  # reads in flight when the storage's bandwidth is measured
     storage_seconds: float = 1.0  # of reading; measured again in each round
+
+
+@dataclass(frozen=True)
+class GpuBenchConfig:
+    """How ``moespac bench gpu`` runs. The shape is Qwen3-30B-A3B's, the drafter's Qwen3-0.6B's, as published."""
+
+    layers: int = 48
+    experts: int = 128
+    top_k: int = 8
+    hidden: int = 2048
+    width: int = 768  # of an expert
+    heads: int = 32
+    groups: int = 4  # key and value heads
+    head_width: int = 128
+    vocabulary: int = 151936
+    draft_layers: int = 28
+    draft_hidden: int = 1024
+    draft_width: int = 3072
+    draft_heads: int = 16
+    draft_groups: int = 8
+    dtype: str = "auto"  # what is computed in: bfloat16 on a GPU
+    factor: int = 128  # the embedded pair's experts so many times as wide: as large as the shape's
+    pair_format: str = "bf16"  # of the pair's experts
+    window: int = 4  # K of baselines that speculate: the paper's
+    prompt_tokens: int = 32  # of a replayed text: caches and counters have seen something
+    texts: int = 2
+    warmup_tokens: int = 12  # of another text before the measured ones
+    warmup_seconds: float = 2.0  # at most
+    decode_seconds: float = 4.0  # of one run; a slower contender's rate is that of the tokens it came to
+    watched_tokens: int = 8  # decoded with the timeline on, and under the profiler, after what is timed
+    filling_reads: int = 16  # records copied into host memory at once before anything is timed
+    resident_layers: int = 8  # of the shape, where every expert is on the card: compiling 48 takes minutes
+    resident_tokens: int = 128  # decoded there: no expert moves, so a token takes milliseconds
+    check_tokens: int = 48  # of the comparison with transformers, after one prompt
+    logits_tolerance: float = 2.0  # in bfloat16, times what its rounding does to transformers' own logits
+    host_share: float = (
+        0.75  # of free host memory that the shape's experts may take; peers and pages need the rest
+    )
+    device_reserve: int = (
+        12 << 30
+    )  # of the card, beside experts: trunk, drafter, KV cache, buffers, CUDA itself
+    patience: float = 90.0  # seconds that a worker may run over its time before it is ended
+    restarts: int = 3  # of a worker whose run failed; the runs after it go on in a fresh one
+
+    @staticmethod
+    def quick() -> GpuBenchConfig:
+        """The same in small: it shows that all of it runs, in seconds on a CPU; its figures say nothing."""
+        return GpuBenchConfig(
+            layers=4,
+            experts=16,
+            top_k=4,
+            hidden=64,
+            width=64,
+            heads=4,
+            groups=2,
+            head_width=16,
+            vocabulary=4096,
+            draft_layers=2,
+            draft_hidden=64,
+            draft_width=128,
+            draft_heads=4,
+            draft_groups=2,
+            factor=1,
+            prompt_tokens=8,
+            texts=1,
+            warmup_tokens=4,
+            decode_seconds=1.0,
+            watched_tokens=4,
+            resident_layers=2,
+            resident_tokens=16,
+            check_tokens=8,
+        )
 
 
 @dataclass(frozen=True)
@@ -453,6 +561,8 @@ class EngineConfig:
     """All of it: what ``moespac.load`` assembles from its arguments."""
 
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    device: DeviceConfig = field(default_factory=DeviceConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     graphs: GraphConfig = field(default_factory=GraphConfig)
     method: PolicyConfig = field(default_factory=PolicyConfig)
     policy: str = "moe-spac"

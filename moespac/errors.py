@@ -6,7 +6,8 @@
     │   └── DraftError           the draft model does not fit the target (another vocabulary ...)
     ├── CheckpointError          a file is truncated, corrupt or incomplete
     ├── PackError                packing stopped (disk full ...); what was there before is untouched
-    └── StorageError             reading an expert failed while decoding; the engine stays usable
+    ├── StorageError             reading an expert failed while decoding; the engine stays usable
+    └── DeviceMemoryError        the accelerator's memory is used up, without experts even; the engine stays usable
 
 Broken invariants inside the program are assertions, not members of this tree.
 """
@@ -38,3 +39,7 @@ class PackError(MoespacError):
 
 class StorageError(MoespacError):
     """An expert could not be read from storage while decoding."""
+
+
+class DeviceMemoryError(MoespacError):
+    """The accelerator's memory did not suffice for what is not experts."""

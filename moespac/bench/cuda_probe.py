@@ -24,8 +24,9 @@ class CudaSpeed:
     bandwidth: float  # of a matrix-vector product in bfloat16, as decoding does
     flops: float  # of a matrix product in bfloat16
     launch: float  # of one expert
-    link_bandwidth: float  # from pinned memory
+    link_bandwidth: float  # from page-locked memory
     link_latency: float
+    pageable_bandwidth: float  # from memory that is not page-locked
 
 
 def measure_cuda(config: MeasureConfig) -> CudaSpeed | None:
@@ -35,6 +36,7 @@ def measure_cuda(config: MeasureConfig) -> CudaSpeed | None:
     properties = torch.cuda.get_device_properties(0)
     latency = _finished_seconds(_copy(_SMALL_COPY), config.repeats)
     copying = _finished_seconds(_copy(config.records_bytes), config.repeats) - latency
+    pageable = _finished_seconds(_copy(config.records_bytes, pinned=False), config.repeats) - latency
     return CudaSpeed(
         device=properties.name,
         memory=properties.total_memory,
@@ -44,11 +46,12 @@ def measure_cuda(config: MeasureConfig) -> CudaSpeed | None:
         launch=_finished_seconds(_launches(), config.repeats) / _LAUNCHES,
         link_bandwidth=config.records_bytes / copying,
         link_latency=latency,
+        pageable_bandwidth=config.records_bytes / pageable,
     )
 
 
-def _copy(nbytes: int) -> Callable[[], object]:
-    source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+def _copy(nbytes: int, pinned: bool = True) -> Callable[[], object]:
+    source = torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
     target = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
     return lambda: target.copy_(source, non_blocking=True)
 

@@ -30,6 +30,8 @@ from moespac.config import MeasureConfig
 from moespac.experts.format import PACK_FORMATS
 from moespac.sim.hardware import Curve, HardwareProfile
 
+_NOT_SIMULATED = ("device", "pageable_bandwidth")  # of what a card is measured for
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -92,7 +94,7 @@ def _of_accelerator(cuda: CudaSpeed | None) -> dict[str, Any]:
     """The profile's fields are called as the probe's, ``accelerator_`` before those that are not the link's."""
     if cuda is None:
         return {}
-    figures = {name: value for name, value in asdict(cuda).items() if name != "device"}
+    figures = {name: value for name, value in asdict(cuda).items() if name not in _NOT_SIMULATED}
     return {
         name if name.startswith("link_") else f"accelerator_{name}": value for name, value in figures.items()
     }

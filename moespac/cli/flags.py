@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from moespac.cli.files import JsonFile
-from moespac.config import EngineConfig, MemoryConfig, SamplingConfig, TimelineConfig
+from moespac.config import DeviceConfig, EngineConfig, MemoryConfig, SamplingConfig, TimelineConfig
 from moespac.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -89,10 +89,21 @@ class MemoryFlags:
         str,
         typer.Option(
             metavar="AMOUNT",
-            help="The same on the accelerator. Without a GPU an amount simulates one in this process.",
+            help="The same on the accelerator. An amount that does not fit the GPU beside trunk, drafter and KV "
+            "caches is refused; auto takes what fits. Without a GPU an amount simulates one in this process.",
             rich_help_panel=MEMORY,
         ),
     ] = MemoryConfig.accelerator_memory
+    accelerator_context: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Prompt and answer whose KV caches fit the GPU beside the experts. Longer ones are no error: "
+            "experts make way as they grow.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = DeviceConfig.context
     policy: Annotated[
         str,
         typer.Option(

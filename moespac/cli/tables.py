@@ -24,12 +24,25 @@ def summary_table(summary: Summary) -> Table:
         "hit rate": f"{share(summary.hit_rate)} of active experts; {summary.policy}",
         "read": by_name(summary.bytes_read),
         "peak experts": by_name(summary.peak_bytes),
+        **_accelerator(summary),
         "time": _times(summary.seconds),
         "exactness": summary.exactness,
     }
     for label, value in rows.items():
         table.add_row(label, Text(value))
     return table
+
+
+def _accelerator(summary: Summary) -> dict[str, str]:
+    """What is worth a line of the way to the accelerator, and of its memory."""
+    rows = {}
+    if summary.link_bandwidth is not None:
+        rows["link"] = f"{summary.link_bandwidth / 1e9:.1f} GB/s while it is busy"
+        if summary.page_locked is not None:
+            rows["link"] += f"; {summary.page_locked:.0%} of host memory is page-locked"
+    if summary.shrinks:
+        rows["out of memory"] = f"{summary.shrinks} times; experts made way on the accelerator"
+    return rows
 
 
 def figure(value: float | None, format: str) -> str:

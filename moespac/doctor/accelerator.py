@@ -44,7 +44,8 @@ def _cuda() -> Iterator[Finding]:
             f"{torch.cuda.device_count()} GPUs, and one is used",
             "choose it with CUDA_VISIBLE_DEVICES",
         )
-    what = f"{speed.link_bandwidth / 1e9:.1f} GB/s from page-locked memory"
+    locked, other = speed.link_bandwidth / 1e9, speed.pageable_bandwidth / 1e9
+    what = f"{locked:.1f} GB/s from page-locked memory, {other:.1f} GB/s from other"
     if speed.link_bandwidth < DoctorConfig.slow_link:
         yield warn("link", what, "check that the GPU sits in a full x16 slot (nvidia-smi -q: link width)")
     else:

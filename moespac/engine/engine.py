@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moespac.config import EngineConfig, SamplingConfig
+from moespac.engine.room import Room
 from moespac.engine.sequence import Sequence
 from moespac.engine.summary import Meter, Summary, versions
 from moespac.engine.text import TextStream
@@ -57,6 +58,7 @@ class Engine:
         self.drafter = drafter
         self.config = config
         self._profile_file = profile_file
+        self._room = Room(runtime, config.device.shrink_share)
         self._governor: Governor | FixedWindow
         if config.window == "auto":
             governing = config.governor
@@ -110,10 +112,30 @@ class Engine:
         if k <= 0:
             return Draft()
         with self.runtime.clock.measure("draft"):
-            return sequence.drafter.propose(sequence.tokens, k)
+            return self._room.make(lambda: sequence.drafter.propose(sequence.tokens, k))
 
     def _forward(self, sequence: Sequence, window: Window) -> torch.Tensor:
         """One pass over ``window``; logits (drafted + 1, vocabulary) of its last positions, where the trunk is."""
+        return self._room.make(lambda: self._pass(sequence, window))
+
+    def _pass(self, sequence: Sequence, window: Window) -> torch.Tensor:
+        if sequence.lost:
+            self._cache_again(sequence)
+        sequence.lost = not sequence.cache.survives  # until the pass is through
+        logits = self._run(sequence, window)
+        sequence.lost = False
+        return logits
+
+    def _cache_again(self, sequence: Sequence) -> None:
+        """A pass failed and left the cache half grown: make it anew from the tokens it had."""
+        sequence.cache = self.trunk.new_cache()
+        for part in sequence.cached_windows(self.config.prefill_chunk):
+            self._run(sequence, part)
+            sequence.cache.rewind(0)
+        if sequence.prefilled:
+            sequence.cache.allow_rewind()
+
+    def _run(self, sequence: Sequence, window: Window) -> torch.Tensor:
         self.runtime.begin_pass(window)
         with self.runtime.clock.measure("trunk"):
             return self.trunk(torch.from_numpy(window.tokens), sequence.cache, keep=window.drafted + 1)
@@ -146,7 +168,7 @@ class Engine:
             raise ConfigError("stop strings need a tokenizer, and this model has none; leave them out")
         tokens = self._tokens(prompt)
         sequence = Sequence(
-            self.trunk.new_cache(), tokens, max_new_tokens, self.context, self._eos(), sampling
+            self._room.make(self.trunk.new_cache), tokens, max_new_tokens, self.context, self._eos(), sampling
         )
         sequence.drafter = self.drafter
         sequence.top_logprobs = top_logprobs
@@ -239,7 +261,9 @@ class Engine:
 
 def _verify(sequence: Sequence, draft: Draft, logits: torch.Tensor) -> Verdict:
     if sequence.sampling.greedy:
-        return verify_greedy(draft.tokens, logits)  # on a device: a few token ids come over, and not all logits
+        return verify_greedy(
+            draft.tokens, logits
+        )  # on a device: a few token ids come over, and not all logits
     target = probabilities(logits.cpu(), sequence.sampling)
     return verify_sampled(draft.tokens, draft.probs, target, sequence.generator)
 

@@ -34,6 +34,7 @@ class Sequence:
         self.generator = torch.Generator().manual_seed(sampling.seed)
         self.cache = cache
         self.cached = 0
+        self.lost = False  # the cache does not hold them: a pass failed in its midst
         self.finish_reason: str | None = None
         self.drafter: Drafter = NoDrafter()
         self.top_logprobs: int | None = None  # alternatives to each token; None: no log-probabilities at all
@@ -59,6 +60,12 @@ class Sequence:
         """A long prompt piece by piece, all but what fits in one last pass. The caller runs and rewinds each."""
         while self.prompt_tokens - self.cached > chunk:
             tokens = np.array(self.tokens[self.cached : self.cached + chunk], dtype=np.int64)
+            yield Window(tokens, prefill=True)
+
+    def cached_windows(self, chunk: int) -> Iterator[Window]:
+        """What the cache should hold, piece by piece."""
+        for start in range(0, self.cached, chunk):
+            tokens = np.array(self.tokens[start : min(start + chunk, self.cached)], dtype=np.int64)
             yield Window(tokens, prefill=True)
 
     def window(self, draft: list[int]) -> Window:

@@ -33,6 +33,11 @@ class Summary:
     hit_rate: float | None  # active experts that were resident where they were computed, in decode passes
     bytes_read: dict[str, int]  # from storage, and over the link to the accelerator
     peak_bytes: dict[str, int]  # of expert slots in use, since the engine was loaded
+    link_bandwidth: float | None  # bytes/s to the accelerator, while anything was copied; None: nothing was
+    page_locked: (
+        float | None
+    )  # share of the host's slots that is copied from at full speed; None: no such thing
+    shrinks: int  # times that the accelerator's memory ran out and experts made way
     seconds: dict[str, float]  # by cause; accelerator_experts overlaps with the others, which add up to total
     policy: str
     drafter: str
@@ -64,6 +69,8 @@ class Meter:
         self._runtime = runtime
         self._start = runtime.clock.now()
         self._bytes = dict(runtime.memory.bytes_read)
+        self._link_seconds = runtime.memory.link_seconds
+        self._shrinks = runtime.stats.shrinks
         self._hits, self._misses = runtime.stats.hits, runtime.stats.misses
         self._seconds = dict(runtime.clock.seconds)
         self._path = replace(runtime.clock.path)
@@ -102,6 +109,9 @@ class Meter:
             "bytes_read": {name: n - self._bytes[name] for name, n in memory.bytes_read.items()},
             "peak_bytes": {"host": 0, "accelerator": 0}
             | {tier.name: tier.peak_bytes for tier in memory.tiers},
+            "link_bandwidth": self._link_bandwidth(),
+            "page_locked": self._runtime.page_locked,
+            "shrinks": stats.shrinks - self._shrinks,
             "seconds": self._by_cause(total),
             **self._host_path(),
         }
@@ -115,6 +125,11 @@ class Meter:
             "host_us_per_layer": round((path.seconds - before.seconds) / layers * 1e6, 1),
             "launches_per_layer": round((path.launches - before.launches) / layers, 2),
         }
+
+    def _link_bandwidth(self) -> float | None:
+        memory = self._runtime.memory
+        busy = memory.link_seconds - self._link_seconds
+        return (memory.bytes_read["link"] - self._bytes["link"]) / busy if busy > 0 else None
 
     def _by_cause(self, total: float) -> dict[str, float]:
         spent = self._runtime.clock.seconds.items()

@@ -1,60 +1,54 @@
-"""A device with memory and workers of its own: one copies records in, one computes.
+"""A device with memory of its own, as the engine sees it: somewhere to copy records to, and somebody to compute.
 
-The same class serves CUDA and the in-process accelerator (a CPU device with its own arena and threads) that
-tests and demonstrations use: execution on two devices, transfers in flight and joins are concurrent there too.
+Two stand behind it: ``cuda.CudaAccelerator``, and ``in_process.InProcessAccelerator``, the CPU with an arena and
+threads of its own, for tests and demonstrations: execution on two devices, transfers in flight and joins are
+concurrent there too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
-from moespac.experts.workers import Bell, Priority, Ticket, Workers
-from moespac.timeline import ACCELERATOR, LINK, Tape
+from moespac.experts.workers import Priority
+from moespac.schedule.ports import Ticket
+from moespac.schedule.tiers import Move
 
 
-class Accelerator:
-    """``slots`` records of ``record_bytes`` on ``device``; not ``asynchronous`` makes every job synchronous."""
+class Accelerator(Protocol):
+    """Slots for records on ``device``, one link to them, and one computer beside them."""
 
-    def __init__(
-        self,
-        device: torch.device,
-        slots: int,
-        record_bytes: int,
-        bell: Bell,
-        asynchronous: bool,
-        tape: Tape | None = None,
-    ) -> None:
-        self.device = device
-        self.arena = torch.empty(slots, record_bytes, dtype=torch.uint8, device=device)
-        threads = 1 if asynchronous else 0
-        self.link = Workers(LINK, threads, bell, tape=tape)
-        self._compute = Workers(ACCELERATOR, threads, bell, tape=tape)
+    device: torch.device
+    keeps: bool  # whether ``shrink`` leaves what is in the slots that remain
+    stands_in: bool  # for a card that is not there: what it takes itself is not worth measuring
+
+    @property
+    def arena(self) -> torch.Tensor:
+        """(slots, record_bytes) uint8 on ``device``; another tensor after ``shrink``."""
+        ...
+
+    @property
+    def page_locked(self) -> float | None:
+        """Share of the host's slots that are copied at the link's full speed; None: there is no such difference."""
+        ...
 
     def copy_in(self, name: str, source: torch.Tensor, slot: int, priority: Priority) -> Ticket:
-        """Copy one host record (record_bytes,) into a slot of the arena."""
-        target = self.arena[slot]
-        return self.link.submit(name, self._on_device(lambda: target.copy_(source)), priority)
+        """Copy one host record (record_bytes,) into a slot. Both stay as they are until the ticket is done."""
+        ...
 
     def compute(self, name: str, job: Callable[[], object]) -> Ticket:
-        return self._compute.submit(name, self._on_device(job))
+        """Run ``job``, which computes over records of the arena; they stay until the ticket is done."""
+        ...
+
+    def shrink(self, slots: int, moves: Sequence[Move]) -> None:
+        """Carry out ``moves``, then keep the first ``slots``, fewer than now, and give the others' memory back.
+
+        Nothing is in flight meanwhile. Where it does not keep records there are no moves.
+        """
+        ...
 
     def close(self) -> None:
-        self.link.close()
-        self._compute.close()
-
-    def _on_device(self, job: Callable[[], object]) -> Callable[[], None]:
-        """A job on CUDA runs on its thread's own stream, and is done when the device is done with it."""
-
-        def run() -> None:
-            if self.device.type != "cuda":
-                job()
-                return
-            stream = torch.cuda.Stream(self.device)
-            stream.wait_stream(torch.cuda.default_stream(self.device))
-            with torch.cuda.stream(stream):
-                job()
-            stream.synchronize()
-
-        return run
+        """Stop after what is running; what waits is cancelled. Frees the memory."""
+        ...

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
-
-import torch
+from dataclasses import dataclass
 
 from moespac import host_memory
 from moespac.errors import ConfigError
 from moespac.types import ModelShape
+
+log = logging.getLogger(__name__)
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {
@@ -64,6 +66,49 @@ def available_host_bytes(share: float) -> int:
     return int(host_memory.free_bytes() * share)
 
 
-def available_device_bytes(device: torch.device, share: float) -> int:
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free * share)
+@dataclass(frozen=True)
+class DeviceNeeds:
+    """Bytes of a device's memory that must stay free of experts; trunk and drafter are there already."""
+
+    kv_cache: int  # target's and drafter's, for the context asked for, while they grow
+    graphs: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        return self.kv_cache + self.graphs + self.reserve
+
+    def __str__(self) -> str:
+        kv_cache, graphs, reserve = map(_gb, (self.kv_cache, self.graphs, self.reserve))
+        return f"{kv_cache} for KV caches, {graphs} for CUDA graphs and {reserve} in reserve"
+
+
+def device_slots(budget: str, shape: ModelShape, free_bytes: int, needs: DeviceNeeds) -> int:
+    """How many records a device holds beside everything else. ``free_bytes``: with trunk and drafter there.
+
+    "auto" takes what is left, and the log says how much that is. Raises ConfigError for an amount that does not
+    fit: who names one has counted on it, and is told what does fit.
+    """
+    room = max(free_bytes - needs.total, 0)
+    fit = room // shape.record_bytes
+    why = f"{_gb(free_bytes)} are free beside the trunk and the drafter, less {needs}"
+    if budget == "auto":
+        if fit < 1:
+            raise ConfigError(
+                f"--accelerator-memory auto: no expert fits ({why}); give a shorter --accelerator-context, "
+                "a smaller draft model, or experts in a smaller format"
+            )
+        slots = min(fit, shape.total)
+        log.info("%d of %d experts fit the accelerator: %s", slots, shape.total, why)
+        return slots
+    slots = slots_for(budget, shape, room, "--accelerator-memory")
+    if slots > fit:
+        raise ConfigError(
+            f"--accelerator-memory {budget}: {_gb(slots * shape.record_bytes)} do not fit ({why}); give at most "
+            f"{room // 10**6}MB, or auto, or a shorter --accelerator-context"
+        )
+    return slots
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB"

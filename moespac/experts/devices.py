@@ -19,7 +19,7 @@ from moespac.experts.compute import ExpertMath
 from moespac.experts.grouped import GroupedExperts
 from moespac.experts.kernels import HostKernel
 from moespac.experts.resident import JobKernels
-from moespac.experts.workers import Ticket
+from moespac.schedule.ports import Ticket
 from moespac.timeline import expert_name
 
 

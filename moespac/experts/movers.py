@@ -11,7 +11,8 @@ from moespac.config import MemoryConfig
 from moespac.errors import StorageError
 from moespac.experts.accelerator import Accelerator
 from moespac.experts.store import ExpertStore
-from moespac.experts.workers import Bell, Priority, Ticket, Workers
+from moespac.experts.workers import Bell, Priority, Workers
+from moespac.schedule.ports import Ticket
 from moespac.timeline import STORAGE, Tape, expert_name
 
 

@@ -17,6 +17,7 @@ from moespac.experts.resident import ResidentExperts
 from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
 from moespac.policy.base import Policy, Sensor
+from moespac.policy.cost import MeasuredCosts
 from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.memory import ExpertMemory, Retention
@@ -42,8 +43,9 @@ class ExpertRuntime:
         computers: Computers,
         routers: Sequence[nn.Module | None],
         clock: PassClock,
+        costs: MeasuredCosts | None = None,
     ) -> None:
-        """``routers`` are the layers' own (None: not to be found)."""
+        """``routers`` are the layers' own (None: not to be found). ``costs``: what further policies start from."""
         self.store = store
         self.memory = memory
         self.policy = policy
@@ -52,7 +54,9 @@ class ExpertRuntime:
         self.recorder: Callable[[Observation], None] | None = None  # sees what the policy sees
         self.windows: WindowCosts | None = None  # looks back on passes, where a governor wants to know
         self._computers = computers
-        self._routers = routers if Sensor.NEXT_GATE in policy.sensors else [None] * store.shape.layers
+        self._costs = costs
+        self._routers = routers
+        self._asks_next_gate = Sensor.NEXT_GATE in policy.sensors
         self._shape = store.shape
         self._window: Window | None = None
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
@@ -106,6 +110,25 @@ class ExpertRuntime:
             self.windows.reset()
         self.memory.quiesce()
 
+    def shrink_accelerator(self, share: float) -> int:
+        """Between passes: give back ``share`` of the accelerator's slots, all but one at most; returns how many."""
+        tier, accelerator = self.memory.accelerator, self._computers.accelerator
+        assert tier is not None and accelerator is not None
+        slots = max(1, min(tier.slots - 1, int(tier.slots * (1 - share))))
+        given = tier.slots - slots
+        if given:
+            moves = self.memory.shrink_accelerator(slots, self._retention(-1), accelerator.keeps)
+            accelerator.shrink(slots, moves)
+            self.policy.resize(self.memory.residency.capacity)
+            self.stats.shrinks += 1
+        return given
+
+    @property
+    def page_locked(self) -> float | None:
+        """Share of the host's slots that are copied at the link's full speed; None: there is no such difference."""
+        accelerator = self._computers.accelerator
+        return None if accelerator is None else accelerator.page_locked
+
     def resident(self) -> ResidentExperts | None:
         """All experts as work of the accelerator's own, while it has every one of them, and kernels for it."""
         accelerator, kernels = self._computers.accelerator, self._computers.job_kernels
@@ -117,6 +140,16 @@ class ExpertRuntime:
             by_layer = slots.reshape(self._shape.layers, self._shape.experts)
             self._resident = ResidentExperts(kernels, lambda: accelerator.arena, by_layer, self._ran_resident)
         return self._resident
+
+    def adopt(self, policy: Policy) -> None:
+        """Go on under another policy, with an empty accelerator: what is there it did not choose. Between requests
+        only."""
+        if self._costs is not None:
+            policy.costs.start_from(self._costs)
+        self.memory.begin_anew(policy.costs)
+        self.policy = policy
+        self._asks_next_gate = Sensor.NEXT_GATE in policy.sensors
+        self.stats = ExpertStats()
 
     def close(self) -> None:
         """Stop all threads and free the tiers."""
@@ -213,7 +246,8 @@ class ExpertRuntime:
 
     def _foresee(self, layer: int, x: torch.Tensor) -> None:
         """Tell the policy what the gate of ``layer`` says to the hidden states of the layer before it."""
-        router = self._routers[layer] if layer < self._shape.layers else None
+        asked = self._asks_next_gate and layer < self._shape.layers
+        router = self._routers[layer] if asked else None
         guess = ask_router(router, x) if router is not None else None
         if guess is not None:
             self.policy.foresee_layer(layer, Groups(guess.cpu().numpy(), self._shape.experts).counts)

@@ -65,7 +65,7 @@ class Ticket:
     def __init__(
         self,
         name: str,
-        job: Callable[[], None],
+        job: Callable[[], object],
         clock: Callable[[], float],
         queue_first: Callable[[Ticket], None],
     ) -> None:
@@ -141,7 +141,7 @@ class Workers:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, name: str, job: Callable[[], None], priority: Priority = Priority.DEMAND) -> Ticket:
+    def submit(self, name: str, job: Callable[[], object], priority: Priority = Priority.DEMAND) -> Ticket:
         """``name`` is what the timeline shows."""
         ticket = Ticket(name, job, self._clock, self._queue_first)
         if not self._threads:

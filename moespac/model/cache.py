@@ -10,6 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 class KvCache:
     """Keys and values of one sequence. ``rewinds`` once it can forget tokens, which is known after the prefill."""
 
+    survives = False  # some layers have grown then and others not; recurrent ones cannot go back
+
     def __init__(self, model: PreTrainedModel) -> None:
         self.rewinds = False
         self._recording = False
@@ -49,6 +51,7 @@ class FullCache:
     """
 
     rewinds = True
+    survives = False  # some layers have grown then and others not
 
     def __init__(self) -> None:
         self.past_key_values: Any = DynamicCache()

@@ -51,6 +51,7 @@ class LeanCache:
     """Keys and values of one sequence; forgetting tokens is moving its end."""
 
     rewinds = True
+    survives = True  # what a failed pass wrote lies beyond its end
 
     def __init__(self, layers: int, groups: int, width: int, like: torch.Tensor) -> None:
         self.length = 0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from moespac.errors import CheckpointError, ConfigError
@@ -62,6 +62,23 @@ def load_trunk(
         )
     if (path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
+    return _ready(model, skeleton, device)
+
+
+def random_trunk(
+    skeleton: Skeleton, dtype: torch.dtype, device: torch.device, seed: int
+) -> tuple[PreTrainedModel, list[OffloadedExperts]]:
+    """The same with random weights as the family initialises them, made where they are used: for measurements."""
+    torch.manual_seed(seed)
+    with _patched(skeleton.experts_class), torch.device(device):
+        model = AutoModelForCausalLM.from_config(skeleton.config, dtype=dtype)
+    return _ready(model, skeleton, device)
+
+
+def _ready(
+    model: Any, skeleton: Skeleton, device: torch.device
+) -> tuple[PreTrainedModel, list[OffloadedExperts]]:
+    """For inference on ``device``, and its experts modules."""
     experts = [module for module in model.modules() if isinstance(module, OffloadedExperts)]
     assert len(experts) == len(skeleton.experts)
     return model.requires_grad_(False).eval().to(device), experts

@@ -41,6 +41,10 @@ class Skeleton:
         found = (getattr(config, key, None) for key in _TOP_K_KEYS)
         return next((k for k in found if isinstance(k, int) and k > 0), 1)
 
+    @property
+    def hidden_size(self) -> int:
+        return self.config.get_text_config().hidden_size
+
     def expert_parameters(self) -> list[str]:
         """Names of the parameters that are stacked over experts, in the module's own order."""
         module = next(iter(self.experts.values()))

@@ -19,6 +19,7 @@ class Cache(Protocol):
     """Keys and values of one sequence."""
 
     rewinds: bool  # once it can forget tokens
+    survives: bool  # a pass that fails in its midst leaves it as it was
 
     def allow_rewind(self) -> None:
         """The prefill is over: remember enough to forget."""

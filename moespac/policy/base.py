@@ -86,6 +86,11 @@ class Policy(ABC):
     def reveal(self, passes: Sequence[NDArray[np.int64]]) -> None:
         """Each pass to come as its routing (layers, T, k)."""
 
+    def resize(self, capacity: Capacity) -> None:
+        """A tier has become smaller: the accelerator, and not less than one slot. A policy that keeps another
+        figure of it, or a fixed set, may go on with those: what does not fit is evicted in its own order."""
+        self.capacity = capacity
+
     @property
     def levels(self) -> NDArray[np.int8] | None:
         """Utility levels (layers, experts), 0 to the method's highest, to be looked at; None: it has none."""

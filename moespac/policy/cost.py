@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,16 @@ Seconds = NDArray[np.float64]
 
 _FAR = 2.0**40  # tokens; no window is as long
 _TABLE = 64  # token counts that are answered from a table: any window of speculation
+
+
+@dataclass(frozen=True)
+class MeasuredCosts:
+    """What a machine was measured to take, in seconds."""
+
+    host: Mapping[int, float]  # of one expert, by tokens
+    accelerator: Mapping[int, float]
+    link: float  # of one record
+    storage: float
 
 
 class _Median:
@@ -43,15 +55,23 @@ class _Curve:
         """The prior: ``first`` seconds for one token, ``further`` for each token after it."""
         self._first, self._further = first, further
         self._nodes = 2.0 ** np.arange(config.buckets)
-        self._prior = first + further * (self._nodes - 1)
+        self._shape = self._prior = first + further * (self._nodes - 1)
         self._measured = [_Median(config.samples) for _ in self._nodes]
+        self._stale = True
+
+    def start_from(self, measured: Mapping[int, float]) -> None:
+        """The prior goes through these, and keeps its shape between and beyond them."""
+        tokens = np.array(sorted(measured), dtype=np.float64)
+        ratios = np.array([measured[int(n)] for n in tokens]) / (self._first + self._further * (tokens - 1))
+        prior = self._shape * np.interp(np.log2(self._nodes), np.log2(tokens), ratios)
+        self._prior = np.maximum.accumulate(prior)
         self._stale = True
 
     def observe(self, tokens: int, seconds: float) -> None:
         """``seconds`` is scaled, in the prior's proportion, from ``tokens`` to the nearest power of two."""
         bucket = min(round(math.log2(tokens)), len(self._nodes) - 1)
         here = self._first + self._further * (tokens - 1)
-        if self._measured[bucket].observe(seconds * float(self._prior[bucket]) / here):
+        if self._measured[bucket].observe(seconds * float(self._shape[bucket]) / here):
             self._stale = True
 
     def __call__(self, tokens: NDArray) -> Seconds:
@@ -93,6 +113,12 @@ class CostModel:
         self._storage = _Median(config.samples)
         self._link_prior = record_bytes / config.link_bandwidth
         self._storage_prior = record_bytes / config.storage_bandwidth
+
+    def start_from(self, measured: MeasuredCosts) -> None:
+        """Take these in place of what sizes and bandwidths suggest; what is observed from now on refines them."""
+        self._host.start_from(measured.host)
+        self._accelerator.start_from(measured.accelerator)
+        self._link_prior, self._storage_prior = measured.link, measured.storage
 
     def host_expert(self, tokens: NDArray) -> Seconds:
         """Seconds of one expert's FFN on the host for each number of tokens; 1 or more."""

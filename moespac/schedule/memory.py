@@ -18,7 +18,7 @@ from moespac.config import MemoryConfig
 from moespac.policy.base import TierName
 from moespac.policy.cost import CostModel
 from moespac.schedule.ports import Bell, Mover, Ticket
-from moespac.schedule.tiers import Tier
+from moespac.schedule.tiers import Move, Tier
 from moespac.types import Capacity, ModelShape, Placement, Plan, Residency
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class ExpertMemory:
             self.accelerator = Tier("accelerator", capacity.accelerator, shape.record_bytes, shape.total)
         assert (link is None) == (self.accelerator is None)
         self.bytes_read = {"storage": 0, "link": 0}
+        self.link_seconds = 0.0  # in which a copy ran; they run one after the other
         self._config = config
         self._costs = costs
         self._flights: dict[tuple[TierName, int], Flight] = {}
@@ -178,6 +179,34 @@ class ExpertMemory:
                 return
             self.bell.wait_beyond(seen)
 
+    def shrink_accelerator(self, slots: int, retention: Retention, keep: bool) -> list[Move]:
+        """Go on with the first ``slots`` slots there, 1 or more, once nothing is in flight.
+
+        ``keep``: the records that are worth most stay, and the bytes follow the returned moves at once, before
+        anything else is asked of the memory. Not ``keep``: all slots are empty then. Between passes only: no layer
+        runs, so nothing is pinned.
+        """
+        tier = self.accelerator
+        assert tier is not None
+        self._ahead["accelerator"].clear()
+        self.quiesce()
+        if not keep:
+            for expert in np.flatnonzero(tier.ready).tolist():
+                tier.evict(expert)
+        moves = tier.shrink(slots, retention("accelerator"))
+        self.residency = self._residency()
+        return moves
+
+    def begin_anew(self, costs: CostModel) -> None:
+        """Empty the accelerator, forget what was to be fetched, and report what transfers take to ``costs``."""
+        self.quiesce()
+        self._costs = costs
+        for queue in self._ahead.values():
+            queue.clear()
+        if self.accelerator is not None:
+            for expert in np.flatnonzero(self.accelerator.ready).tolist():
+                self.accelerator.evict(expert)
+
     def close(self) -> None:
         """Stop all movers. The memory is not usable afterwards."""
         self.reader.close()
@@ -265,6 +294,7 @@ class ExpertMemory:
             self._costs.observe_storage(flight.ticket.seconds / flight.load)
         else:
             self.bytes_read["link"] += flight.tier.record_bytes
+            self.link_seconds += flight.ticket.seconds
             self._costs.observe_link(flight.ticket.seconds)
 
     def _residency(self) -> Residency:

@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 class Ticket(Protocol):
     """One job in flight. Once ``done``, ``error`` and ``seconds`` (its own duration) are final."""
 
-    done: bool
     error: Exception | None
     seconds: float
+
+    @property
+    def done(self) -> bool: ...
 
     def cancel(self) -> bool:
         """Take the job back if nobody has begun it; True when it will never run."""

@@ -115,6 +115,7 @@ class ExpertStats:
     host: TierStats = field(default_factory=TierStats)
     accelerator: TierStats = field(default_factory=TierStats)
     passes: int = 0
+    shrinks: int = 0  # times that the accelerator's memory ran out and experts made way
 
     @property
     def hits(self) -> int:

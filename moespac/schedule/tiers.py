@@ -7,6 +7,8 @@ the deciding thread; movers only ever write the bytes of a filling slot.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -14,6 +16,13 @@ from moespac.policy.base import TierName
 
 FREE, FILLING, READY = 0, 1, 2
 NOWHERE = -1
+
+
+class Move(NamedTuple):
+    """A record goes from one slot of a tier to another."""
+
+    source: int
+    target: int
 
 
 class Tier:
@@ -29,6 +38,7 @@ class Tier:
         self.ready = np.zeros(total, dtype=bool)
         self.filling = np.zeros(total, dtype=bool)
         self.peak_slots = 0
+        self._most_slots = slots  # the budget, before any of it was given back
         self._slot_of = np.full(total, NOWHERE, dtype=np.int64)
         self._expert_in = np.full(self.slots, NOWHERE, dtype=np.int64)
         self._state = np.full(self.slots, FREE, dtype=np.uint8)
@@ -100,6 +110,32 @@ class Tier:
         assert self._pins[slot] > 0
         self._pins[slot] -= 1
 
+    def shrink(self, slots: int, retention: NDArray[np.float64]) -> list[Move]:
+        """Go on with the first ``slots`` slots, 1 or more: the least retained records go, and those that stay in a
+        slot beyond move to a free one. Nothing is filling or pinned. The bytes are the caller's to move, at once.
+        """
+        assert 1 <= slots < self.slots
+        assert not np.any(self._state == FILLING) and not np.any(self._pins), "nothing is in flight or in use"
+        for _ in range(int(np.count_nonzero(self._state == READY)) - slots):
+            self.evict(self._victim(retention))
+        free = [slot for slot in range(slots) if self._state[slot] == FREE]
+        moves = [
+            Move(int(source), target)
+            for source, target in zip(
+                slots + np.flatnonzero(self._state[slots:] == READY), free, strict=False
+            )
+        ]
+        for source, target in moves:
+            expert = self._expert_in[source]
+            self._slot_of[expert] = target
+            self._expert_in[target], self._state[target] = expert, READY
+        self.slots = slots
+        self._expert_in = self._expert_in[:slots].copy()
+        self._state = self._state[:slots].copy()
+        self._pins = self._pins[:slots].copy()
+        self._free = [slot for slot in range(slots - 1, -1, -1) if self._state[slot] == FREE]
+        return moves
+
     def check_integrity(self) -> None:
         """Assert every invariant of the bookkeeping."""
         held = np.flatnonzero(self._expert_in != NOWHERE)
@@ -111,13 +147,14 @@ class Tier:
         assert np.array_equal(self._state != FREE, self._expert_in != NOWHERE), (
             "a slot in use names its expert"
         )
+        assert self._expert_in.size == self._state.size == self._pins.size == self.slots
         assert not np.any(self._pins[self._state != READY]), "only ready slots are pinned"
         assert np.all(self._pins >= 0)
         for flags, state in ((self.ready, READY), (self.filling, FILLING)):
             expected = np.zeros_like(flags)
             expected[self._expert_in[self._state == state]] = True
             assert np.array_equal(flags, expected), "the flags mirror the slots"
-        assert self.peak_slots <= self.slots, "the budget is never exceeded"
+        assert self.peak_slots <= self._most_slots, "the budget is never exceeded"
 
     def _victim(self, retention: NDArray[np.float64]) -> int:
         evictable = np.flatnonzero((self._state == READY) & (self._pins == 0))

@@ -42,13 +42,13 @@ def draw_speeds(speeds: Mapping[str, float], published: Mapping[str, float], fil
     return draw(lambda axes: _speed(axes, speeds, published), file)
 
 
-def draw(plot: Draw, file: Path) -> Path:
+def draw(plot: Draw, file: Path, inches: tuple[float, float] = _INCHES) -> Path:
     """One plot into one file. Raises ConfigError where that cannot be done."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError("plots need matplotlib: install it with `pip install 'moespac[plots]'`") from None
-    figure = Figure(figsize=_INCHES, layout="constrained")
+    figure = Figure(figsize=inches, layout="constrained")
     axes = figure.add_subplot()
     plot(axes)
     axes.spines[["top", "right"]].set_visible(False)

@@ -43,7 +43,7 @@ MEASURED = Measurement(
     decide_overhead=1e-4,
     cuda=None,
 )
-CUDA = CudaSpeed("a GPU", 8 << 30, 4e11, 1e13, 2e-5, 2e10, 1e-5)
+CUDA = CudaSpeed("a GPU", 8 << 30, 4e11, 1e13, 2e-5, 2e10, 1e-5, 5e9)
 
 
 def nothing() -> None:

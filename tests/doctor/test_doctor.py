@@ -6,6 +6,7 @@ import json
 import os
 import resource
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,8 @@ from moespac.cli import app
 from moespac.doctor import accelerator, memory, processor, software, storage
 from moespac.doctor.examine import CHECKS, examine
 from moespac.doctor.finding import Finding, Place, ok
+from moespac.experts.cuda import page_lock
+from tests.experts.fake_cuda import FakeRegistrar
 
 HERE = Place(Path())
 
@@ -110,7 +113,10 @@ def test_a_gpu_without_a_cuda_build_is_bad(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_page_lock_limit_matters_with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda which: (8 << 20, 8 << 20))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert one(memory.check_page_lock(HERE), "page lock").status == "warn"
+    for limit, status in ((8 << 20, "warn"), (1 << 40, "ok")):
+        monkeypatch.setattr(page_lock, "CudaRegistrar", partial(FakeRegistrar, limit))
+        finding = one(memory.check_page_lock(HERE), "page lock")
+        assert finding.status == status and "that were tried" in finding.what
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert one(memory.check_page_lock(HERE), "page lock").status == "ok"
 

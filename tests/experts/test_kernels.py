@@ -214,7 +214,9 @@ def test_the_largest_weights_and_activations_do_not_overflow(isa: str, format: s
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("hidden", "width"), [(300, 75), (1100, 5)])  # more columns than many tokens take at once
+@pytest.mark.parametrize(
+    ("hidden", "width"), [(300, 75), (1100, 5)]
+)  # more columns than many tokens take at once
 def test_a_token_does_not_depend_on_those_beside_it(isa: str, format: str, hidden: int, width: int) -> None:
     experts = make_experts(hidden, width, format)
     kernel = HostKernel.build(experts.module, experts.layout, 1)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moespac.config import CostConfig
-from moespac.policy.cost import CostModel
+from moespac.policy.cost import CostModel, MeasuredCosts
 
 MEGABYTE = 1 << 20
 
@@ -66,3 +66,28 @@ def test_copies_take_bandwidth_from_the_host() -> None:
     assert costs.copy_toll == pytest.approx(1.5)
     assert costs.copy_price == pytest.approx(1.0), "in 3 seconds it does the work of 2"
     assert costs.host_expert(np.array([1])) == pytest.approx([1.0]), "alone it is as fast as before"
+
+
+def test_measured_costs_are_where_it_starts_from() -> None:
+    config = CostConfig(host_bandwidth=1e9, host_token_share=0.5)
+    costs = CostModel(
+        config, record_bytes=1_000_000
+    )  # by sizes: 1 ms for a token, and 0.5 ms for each further one
+    measured = MeasuredCosts(host={1: 2e-3, 4: 5e-3}, accelerator={1: 1e-5}, link=3e-4, storage=4e-3)
+    costs.start_from(measured)
+    assert costs.host_expert(np.array([1, 4])) == pytest.approx([2e-3, 5e-3])
+    assert 2e-3 < costs.host_expert(np.array([2]))[0] < 5e-3
+    assert costs.host_expert(np.array([64]))[0] == pytest.approx(2 * 32.5e-3), "beyond, the prior's own slope"
+    assert costs.accelerator_expert(np.array([1]))[0] == pytest.approx(1e-5)
+    assert (costs.link, costs.storage) == (3e-4, 4e-3)
+    costs.observe_link(1e-4)
+    costs.observe_host(4, 10e-3)
+    assert costs.link == 1e-4, "what is observed counts from then on"
+    assert costs.host_expert(np.array([1, 4])) == pytest.approx([4e-3, 10e-3]), "and scales the rest"
+
+
+def test_measured_costs_never_fall_with_tokens() -> None:
+    costs = CostModel(CostConfig(), MEGABYTE)
+    costs.start_from(MeasuredCosts({1: 5e-3, 4: 1e-3, 16: 2e-3}, {1: 1e-3, 4: 1e-5}, 1e-4, 1e-3))
+    for curve in (costs.host_expert, costs.accelerator_expert):
+        assert (np.diff(curve(np.arange(1, 600))) >= 0).all()

@@ -14,6 +14,7 @@ from moespac.experts.workers import Ticket
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.stats import PassClock
 from moespac.types import NO_IDS, Placement, Plan
+from tests.experts.fake_cuda import FakeDriver
 from tests.fakes import FakeStore
 from tests.schedule.real_workers import Memory
 
@@ -34,19 +35,20 @@ class CountingDevices:
 
     def compute_on_host(self, experts: list[int], slots: list[int]) -> np.ndarray:
         for expert, slot in zip(experts, slots, strict=True):
-            assert (self.memory.arenas["host"][slot] == FakeStore.pattern(expert)).all()
+            assert (self.memory.arena("host")[slot] == FakeStore.pattern(expert)).all()
             self.on_host[expert] += 1
         return np.full(len(experts), 1e-6)
 
     def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> Ticket:
         def job() -> None:
             for expert, slot in zip(experts, slots, strict=True):
-                assert (self.memory.arenas["accelerator"][slot] == FakeStore.pattern(expert)).all()
+                assert (self.memory.arena("accelerator")[slot] == FakeStore.pattern(expert)).all()
                 self.on_accelerator[expert] += 1
 
         return self.memory.device.compute("", job)
 
 
+@pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize("asynchronous", [True, False])
 @CALM
 @given(
@@ -60,10 +62,10 @@ class CountingDevices:
     broken=st.sets(ids, max_size=1),
 )
 def test_every_expert_is_computed_once_where_it_was_placed(
-    asynchronous, host, device, active, there, load, ahead, kept_for_ever, broken
+    cuda, asynchronous, host, device, active, there, load, ahead, kept_for_ever, broken
 ) -> None:
     store = FakeStore(LAYERS, EXPERTS)
-    memory = Memory(store, host, device, asynchronous)
+    memory = Memory(store, host, device, asynchronous, FakeDriver() if cuda else None)
     devices = CountingDevices(memory)
     values = np.arange(LAYERS * EXPERTS, dtype=float)
     values[list(kept_for_ever)] = np.inf

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moespac.errors import StorageError
-from moespac.experts.accelerator import Accelerator
 from moespac.types import Placement, Plan
+from tests.experts.fake_cuda import FakeDriver
 from tests.fakes import FakeStore
 from tests.schedule.real_workers import Memory
 
@@ -23,9 +23,12 @@ some_expert = st.integers(0, TOTAL - 1)
 some_order = st.permutations(range(TOTAL))
 
 
-def hold_copies(accelerator: Accelerator, gate: threading.Event) -> None:
+def hold_copies(memory: Memory, gate: threading.Event) -> None:
     """Every copy over the link waits for ``gate`` before it looks at its source."""
-    submit = accelerator.link.submit
+    if memory._cuda is not None:
+        memory._cuda.copy_stream.gate = gate
+        return
+    submit = memory.device.link.submit
 
     def submit_behind_gate(name, job, *priority):
         def gated() -> None:
@@ -34,24 +37,29 @@ def hold_copies(accelerator: Accelerator, gate: threading.Event) -> None:
 
         return submit(name, gated, *priority)
 
-    accelerator.link.submit = submit_behind_gate
+    memory.device.link.submit = submit_behind_gate
 
 
 class MemoryMachine(RuleBasedStateMachine):
     """The decode thread's possible actions in any order, against real workers."""
 
     asynchronous = True
+    cuda = False
 
     @initialize(host=st.integers(1, 6), device=st.integers(0, 3))
     def build(self, host: int, device: int) -> None:
         self.threads_before = threading.active_count()
         self.store = FakeStore(LAYERS, EXPERTS)
-        self.memory = Memory(self.store, host, device, self.asynchronous)
+        card = FakeDriver() if self.cuda else None
+        if card is not None:
+            card.copy_stream.delay = 1e-3  # who does not wait for it is too early
+        self.memory = Memory(self.store, host, device, self.asynchronous, card)
         self.link_gate = threading.Event()  # copies wait for it
         self.link_gate.set()
         if self.memory.accelerator is not None:
-            hold_copies(self.memory.device, self.link_gate)
+            hold_copies(self.memory, self.link_gate)
         self.values = np.zeros(TOTAL)
+        self.broke = False
         self.pinned: list[tuple[object, int]] = []
 
     def retention(self, tier: str) -> np.ndarray:
@@ -99,9 +107,44 @@ class MemoryMachine(RuleBasedStateMachine):
             tier, expert = self.pinned.pop()
             tier.release(expert)
 
+    @precondition(lambda self: self.memory.accelerator is not None)
+    @rule(expert=some_expert)
+    def copy(self, expert: int) -> None:
+        """Read first, then left on its way to the accelerator: by chance this comes together too seldom."""
+        self.quiesce()
+        if not self.memory.host.ready[expert]:
+            self.memory.demand_host(expert, self.retention)
+            self.quiesce()
+        if self.memory.host.ready[expert] and not self.memory.accelerator.ready[expert]:
+            self.memory.demand_accelerator(expert, self.retention)
+
+    @precondition(lambda self: self.memory.accelerator is not None and self.memory.accelerator.slots > 1)
+    @rule(slots=st.integers(1, 2))
+    def shrink(self, slots: int) -> None:
+        """Memory ran out: between passes, so nothing is pinned."""
+        tier = self.memory.accelerator
+        while self.pinned:
+            self.release()
+        self.store.gate.set()
+        self.link_gate.set()
+        self.memory.quiesce()
+        before = set(np.flatnonzero(tier.ready).tolist())
+        slots = min(slots, tier.slots - 1)
+        self.memory.shrink(slots, self.retention)
+        assert (
+            tier.slots == slots == self.memory.residency.capacity.accelerator == len(self.memory.device.arena)
+        )
+        kept = set(np.flatnonzero(tier.ready).tolist())
+        assert kept <= before and len(kept) == (min(slots, len(before)) if self.memory.device.keeps else 0)
+        gone = before - kept
+        assert not self.memory.device.keeps or all(
+            self.values[g] <= self.values[k] for g in gone for k in kept
+        )
+
     @rule(expert=some_expert)
     def break_disk(self, expert: int) -> None:
         self.store.failing.add(expert)
+        self.broke = True
 
     @rule()
     def mend_disk(self) -> None:
@@ -130,7 +173,7 @@ class MemoryMachine(RuleBasedStateMachine):
         try:
             self.memory.settle()
         except StorageError as error:
-            assert self.store.failing
+            assert self.broke  # mended since, perhaps: the read failed before
             assert "check the disk" in str(error)
 
     @rule()
@@ -169,6 +212,14 @@ class SynchronousMachine(MemoryMachine):
     asynchronous = False
 
 
+class CudaMachine(MemoryMachine):
+    cuda = True
+
+
+class SynchronousCudaMachine(CudaMachine):
+    asynchronous = False
+
+
 CALM = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -176,6 +227,10 @@ TestAsynchronous = MemoryMachine.TestCase
 TestAsynchronous.settings = CALM
 TestSynchronous = SynchronousMachine.TestCase
 TestSynchronous.settings = CALM
+TestCuda = CudaMachine.TestCase
+TestCuda.settings = CALM
+TestSynchronousCuda = SynchronousCudaMachine.TestCase
+TestSynchronousCuda.settings = CALM
 
 
 def on_host(experts: list[int]) -> Placement:
@@ -271,7 +326,7 @@ def test_a_useless_prefetch_is_dropped_from_the_queue() -> None:
 def test_the_source_of_a_copy_stays_until_the_copy_is_done() -> None:
     memory = Memory(FakeStore(LAYERS, EXPERTS), host=1, device=1, asynchronous=True)
     gate = threading.Event()
-    hold_copies(memory.device, gate)
+    hold_copies(memory, gate)
     memory.demand_host(0, ranks)
     memory.quiesce()
     assert memory.demand_accelerator(0, ranks)
@@ -290,7 +345,7 @@ def test_a_new_plan_takes_back_copies_that_nobody_has_begun() -> None:
         memory.demand_host(expert, ranks)
     memory.quiesce()
     gate = threading.Event()
-    hold_copies(memory.device, gate)
+    hold_copies(memory, gate)
     memory.follow(Plan(accelerator=np.array([2, 1, 0])))
     memory.pump(ranks)
     assert memory.accelerator.filling[[0, 1, 2]].all() and memory.copying

@@ -30,6 +30,7 @@ def _costs_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured differs between the worlds, and plans follow from it."""
     for name in ("host", "accelerator", "link", "storage"):
         monkeypatch.setattr(CostModel, f"observe_{name}", lambda self, *measured: None)
+    monkeypatch.setattr(CostModel, "start_from", lambda self, measured: None)
 
 
 def logged(policy: Policy) -> Log:

@@ -26,11 +26,12 @@ Propose = Callable[[list[int], int], list[int]]  # of all tokens so far and the 
 class LlamaContext:
     """One model and its cache of one sequence."""
 
-    def __init__(self, file: str, context: int, threads: int, in_memory: bool) -> None:
-        """``in_memory``: read the file, in the layout that llama.cpp computes fastest; else map it."""
+    def __init__(self, file: str, context: int, threads: int, in_memory: bool, gpu_layers: int = 0) -> None:
+        """``in_memory``: read the file, in the layout that llama.cpp computes fastest; else map it. ``gpu_layers``:
+        so many of the last layers are on the GPU."""
         llama_cpp.llama_backend_init()
         wishes = llama_cpp.llama_model_default_params()
-        wishes.n_gpu_layers = 0
+        wishes.n_gpu_layers = gpu_layers
         wishes.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE if in_memory else llama_cpp.LLAMA_LOAD_MODE_MMAP
         wishes.use_extra_bufts = in_memory  # a copy in another layout is not the mapped file
         self._model = llama_cpp.llama_model_load_from_file(file.encode(), wishes)

@@ -17,24 +17,10 @@ from moespac.errors import ConfigError
 OK, MISSING, FAILED, TIMEOUT = "ok", "missing", "failed", "timeout"
 
 
-@dataclass(frozen=True)
-class Record:
-    """One run of one contender under one budget, or why there was none."""
+class Timed:
+    """What follows from texts that were decoded."""
 
-    contender: str
-    budget: float  # share of the experts that memory had room for
-    round: int
-    status: str
-    setting: dict[str, Any]  # what has to be equal for records to be compared
-    versions: dict[str, str]
-    started: str
-    reason: str = ""  # why it is not OK, in words
-    limits: Limits | None = None  # measured in the same round
-    record_bytes: int = 0  # of one packed expert
-    load_seconds: float = 0.0
-    memory: dict[str, int] = field(default_factory=dict)  # bytes: own, model, libraries, experts, left
-    texts: tuple[Decoded, ...] = ()
-    needs: Needs | None = None  # of our engine's passes
+    texts: tuple[Decoded, ...]
 
     @property
     def tokens(self) -> int:
@@ -50,11 +36,6 @@ class Record:
     def first_seconds(self) -> float:
         """To the first token, in the median over the texts."""
         return median(text.first_seconds for text in self.texts)
-
-    @property
-    def read_per_token(self) -> float:
-        """Bytes from the disk for each decoded token."""
-        return sum(text.read_bytes for text in self.texts) / self.tokens
 
     @property
     def tokens_per_pass(self) -> float:
@@ -76,6 +57,31 @@ class Record:
         """Seconds of decoding by cause, each for one token."""
         names = {name: None for text in self.texts for name in text.causes}
         return {name: sum(text.causes.get(name, 0.0) for text in self.texts) / self.tokens for name in names}
+
+
+@dataclass(frozen=True)
+class Record(Timed):
+    """One run of one contender under one budget, or why there was none."""
+
+    contender: str
+    budget: float  # share of the experts that memory had room for
+    round: int
+    status: str
+    setting: dict[str, Any]  # what has to be equal for records to be compared
+    versions: dict[str, str]
+    started: str
+    reason: str = ""  # why it is not OK, in words
+    limits: Limits | None = None  # measured in the same round
+    record_bytes: int = 0  # of one packed expert
+    load_seconds: float = 0.0
+    memory: dict[str, int] = field(default_factory=dict)  # bytes: own, model, libraries, experts, left
+    texts: tuple[Decoded, ...] = ()
+    needs: Needs | None = None  # of our engine's passes
+
+    @property
+    def read_per_token(self) -> float:
+        """Bytes from the disk for each decoded token."""
+        return sum(text.read_bytes for text in self.texts) / self.tokens
 
     @property
     def bound(self) -> float | None:

@@ -29,7 +29,8 @@ from moespac.bench.decode.task import Decoded, Task
 from moespac.config import DecodeBenchConfig
 from moespac.errors import ConfigError
 
-_PACKAGES = ("moespac", "torch", "transformers", "llama-cpp-python", "accelerate")
+_WORKER = "moespac.bench.decode.worker"
+_PACKAGES = ("moespac", "torch", "transformers", "triton", "llama-cpp-python", "accelerate")
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def _run(plan: Plan, contender: Contender, budget: float, ballast: Ballast | Non
         round=0,
         status=OK,
         setting=plan.setting,
-        versions=_versions(),
+        versions=package_versions(),
         started=datetime.datetime.now().isoformat(timespec="seconds"),
         record_bytes=plan.files.shape.record_bytes,
     )
@@ -134,7 +135,7 @@ def _run(plan: Plan, contender: Contender, budget: float, ballast: Ballast | Non
     if ballast is not None:
         ballast.leave(plan.config.loading_bytes)
     task = plan.task(contender, budget)
-    with Worker(task) as worker:
+    with Worker(_WORKER, task.to_dict(), task.config.run_seconds) as worker:
         ready = worker.receive("ready")
         if ready is None:
             return replace(record, status=worker.status, reason=worker.reason)
@@ -166,13 +167,14 @@ def room_for(task: Task, ready: dict[str, int]) -> int:
 
 
 class Worker:
-    """The other side of ``worker.main``, with an end to its patience."""
+    """A process that is told a task and says what came of it, line by line of JSON, with an end to our patience."""
 
-    def __init__(self, task: Task) -> None:
-        self._seconds = task.config.run_seconds
+    def __init__(self, module: str, task: dict[str, Any], seconds: float) -> None:
+        """``module``'s ``main`` is the other side; ``seconds`` for all that it does."""
+        self._seconds = seconds
         self._errors: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "moespac.bench.decode.worker"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -183,7 +185,7 @@ class Worker:
         self._timer.daemon = True
         self._timer.start()
         self.status, self.reason = OK, ""
-        self._send(json.dumps(task.to_dict()))
+        self._send(json.dumps(task))
 
     def receive(self, name: str) -> dict[str, Any] | None:
         """What it says under ``name``; None when it does not come to that, see ``status`` and ``reason``."""
@@ -236,7 +238,7 @@ class Worker:
         return f"ended with code {code}: {lines[-1][:200] if lines else 'no message'}"
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

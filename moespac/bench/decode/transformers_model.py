@@ -31,22 +31,28 @@ class TransformersDecoder(Decoder):
         self._model.generation_config.eos_token_id = None  # all decode equally many tokens
 
     def decode(self, prompt: Sequence[int], tokens: int, deadline: float) -> Decoded:
-        watch = _Watch(deadline)
-        start = time.perf_counter()
-        ids = self._model.generate(
-            input_ids=torch.tensor([list(prompt)]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            max_new_tokens=tokens + 1,
-            do_sample=False,
-            stopping_criteria=[watch],
-        )
-        return Decoded(
-            token_ids=ids[0, len(prompt) :].tolist(),
-            first_seconds=watch.first - start,
-            seconds=watch.last - watch.first,
-            read_bytes=watch.read,
-            passes=watch.tokens - 1,
-        )
+        return generate(self._model, prompt, tokens, deadline)
+
+
+def generate(model: Any, prompt: Sequence[int], tokens: int, deadline: float, **settings: Any) -> Decoded:
+    """``model.generate`` as ``Decoder.decode`` wants it; ``settings`` are passed on."""
+    watch = _Watch(deadline)
+    start = time.perf_counter()
+    ids = model.generate(
+        input_ids=torch.tensor([list(prompt)], device=model.device),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long, device=model.device),
+        max_new_tokens=tokens + 1,
+        do_sample=False,
+        stopping_criteria=[watch],
+        **settings,
+    )
+    return Decoded(
+        token_ids=ids[0, len(prompt) :].tolist(),
+        first_seconds=watch.first - start,
+        seconds=watch.last - watch.first,
+        read_bytes=watch.read,
+        passes=watch.tokens - 1,
+    )
 
 
 class _Watch(StoppingCriteria):
@@ -59,6 +65,8 @@ class _Watch(StoppingCriteria):
         self.read = 0
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> Any:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()  # what was launched is not yet done
         self.last = time.perf_counter()
         self.tokens += 1
         if self.tokens == 1:

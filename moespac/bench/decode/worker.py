@@ -25,8 +25,8 @@ _FIRST_TO_GO = 1000  # oom_score_adj: should memory run out, it is the contender
 
 
 def main() -> int:
-    channel = _own_stdout()
-    _be_expendable()
+    channel = own_stdout()
+    be_expendable()
     task = Task.from_dict(json.loads(sys.stdin.readline()))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: task.threads])
     try:
@@ -93,14 +93,14 @@ def _decode_all(decoder: Decoder, task: Task) -> Iterator[Decoded]:
             return
 
 
-def _own_stdout() -> TextIO:
+def own_stdout() -> TextIO:
     """Standard output for messages alone; what else is printed goes to standard error."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return channel
 
 
-def _be_expendable() -> None:
+def be_expendable() -> None:
     with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
         file.write(str(_FIRST_TO_GO))
 
