@@ -534,7 +534,8 @@ class GovernorConfig:
     """How the number of drafted tokens is chosen."""
 
     most: int = 8  # K is at most this: acceptance beyond is rare, and every token touches new experts
-    acceptance_prior: float = 0.7  # before anything was verified: worth a try
+    acceptance_prior: float = 0.7  # before anything was verified: worth a try ...
+    acceptance_drafts: float = 4.0  # ... drafts' worth of that
     mean_passes: float = (
         16.0  # mean life of the measurements: a change of text shows within some twenty passes
     )
@@ -545,6 +546,11 @@ class GovernorConfig:
     probe_passes_most: int = 64  # ... down to this: probes of a hopeless K then cost some 1%
     margin: float = 0.02  # by which drafting must be faster than not to draft
     close: float = 0.1  # K whose rates differ by less are compared as often as ever: neither costs much
+    doubt: float = 0.5  # standard errors by which it must be faster beyond that: few measurements say little
+    noise_prior: float = (
+        0.1  # standard deviation of one measurement, as a share of a pass, before it is known
+    )
+    prior_passes: float = 8.0  # measurements' worth of what was foreseen by looking back
     token_share: float = (
         0.5  # of a token's share of a pass, what one more costs where no size near was measured
     )

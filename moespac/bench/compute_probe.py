@@ -112,14 +112,31 @@ def layer_overhead(bandwidth: float, config: MeasureConfig) -> float:
     Its experts are all in memory and its trunk is small: what is left is attention's calls, routing, deciding and
     joining. ``bandwidth`` (bytes/s) says what reading the trunk took.
     """
-    with load(draft="none", host_memory="100%", profile=None) as engine:
-        summaries = [
-            engine.generate("The", max_new_tokens=config.decode_tokens, temperature=1.0).summary
-            for _ in range(config.repeats + 1)
-        ]
+    summaries = _decoded("100%", config)
     model = read_model(DEMO / "target", "f32")
     per_pass = typical([_overhead(summary) for summary in summaries[1:]]) - model.trunk_bytes / bandwidth
     return max(0.0, per_pass) / model.layers
+
+
+def decide_overhead(config: MeasureConfig) -> float:
+    """Seconds that a layer of the embedded model takes for deciding once memory lacks experts, beyond what it takes
+    with all of them at hand."""
+    spent = [
+        typical(
+            [summary.seconds.get("decide", 0.0) / summary.passes for summary in _decoded(share, config)[1:]]
+        )
+        for share in ("50%", "100%")
+    ]
+    return max(0.0, spent[0] - spent[1]) / read_model(DEMO / "target", "f32").layers
+
+
+def _decoded(host_memory: str, config: MeasureConfig) -> list[Summary]:
+    """Of some short texts by the embedded model, without drafts."""
+    with load(draft="none", host_memory=host_memory, profile=None) as engine:
+        return [
+            engine.generate("The", max_new_tokens=config.decode_tokens, temperature=1.0).summary
+            for _ in range(config.repeats + 1)
+        ]
 
 
 def typical_seconds(work: Callable[[], object], repeats: int) -> float:

@@ -17,7 +17,13 @@ import psutil
 import torch
 
 import moespac
-from moespac.bench.compute_probe import expert_overhead, host_expert_seconds, layer_overhead, memory_bandwidth
+from moespac.bench.compute_probe import (
+    decide_overhead,
+    expert_overhead,
+    host_expert_seconds,
+    layer_overhead,
+    memory_bandwidth,
+)
 from moespac.bench.cuda_probe import CudaSpeed, measure_cuda
 from moespac.bench.storage_probe import StorageSpeed, fit_storage, measure_storage
 from moespac.config import MeasureConfig
@@ -36,6 +42,7 @@ class Measurement:
     experts: dict[str, dict[int, float]]  # one expert on the host, by record format and tokens
     expert_overhead: float  # of an expert whose arithmetic takes no time
     layer_overhead: float
+    decide_overhead: float
     cuda: CudaSpeed | None
 
 
@@ -53,10 +60,10 @@ def measure_machine(
     memory = {n: memory_bandwidth(n, config) for n in sorted({1, len(os.sched_getaffinity(0))})}
     advance()
     experts = host_expert_seconds(PACK_FORMATS, config, advance)
-    per_layer = layer_overhead(max(memory.values()), config)
+    per_layer = layer_overhead(max(memory.values()), config), decide_overhead(config)
     cuda = measure_cuda(config)
     advance()
-    return Measurement(memory, storage, experts, expert_overhead(config), per_layer, cuda)
+    return Measurement(memory, storage, experts, expert_overhead(config), *per_layer, cuda)
 
 
 def to_profile(name: str, measured: Measurement, config: MeasureConfig) -> HardwareProfile:
@@ -70,6 +77,7 @@ def to_profile(name: str, measured: Measurement, config: MeasureConfig) -> Hardw
         "host_flops": 2 * most * weights / min(seconds[most] for seconds in measured.experts.values()),
         "host_expert_overhead": measured.expert_overhead,
         "layer_overhead": measured.layer_overhead,
+        "decide_overhead": measured.decide_overhead,
         "storage_bandwidth": storage.bandwidth,
         "storage_latency": storage.latency,
         "storage_depth": storage.depth,

@@ -8,13 +8,14 @@ decides is its policy here; what its runtime adds is in the machine (``issued_fr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from moespac.bench.paper import HARDWARE, PUBLISHED, synthetic_trace
 from moespac.config import EagerConfig
 from moespac.sim.capacity import capacity_of
-from moespac.sim.hardware import HardwareProfile, find_profile
+from moespac.sim.hardware import find_profile
+from moespac.sim.runtimes import issued_from_python
 from moespac.sim.shapes import find_model
 from moespac.sim.simulator import Setting
 from moespac.sim.study import Task, simulate_all
@@ -40,15 +41,6 @@ class Check:
 
     def to_dict(self) -> dict[str, Any]:
         return vars(self) | {"ratio": self.ratio}
-
-
-def issued_from_python(hardware: HardwareProfile, config: EagerConfig) -> HardwareProfile:
-    """The machine under a runtime that issues each operation on the accelerator from Python, nothing captured."""
-    return replace(
-        hardware,
-        layer_overhead=hardware.layer_overhead + config.layer_calls * config.call_seconds,
-        accelerator_launch=config.expert_calls * config.call_seconds,
-    )
 
 
 def check_all(

@@ -21,6 +21,7 @@ from moespac.engine.text import TextStream
 from moespac.errors import ConfigError
 from moespac.experts.runtime import ExpertRuntime
 from moespac.model.trunk import Trunk
+from moespac.policy.windows import WindowCosts
 from moespac.speculate.drafters import Draft, Drafter
 from moespac.speculate.governor import FixedWindow, Governor
 from moespac.speculate.logprobs import TokenLogprob, token_logprobs
@@ -58,9 +59,16 @@ class Engine:
         self.config = config
         self._profile_file = profile_file
         self._room = Room(runtime, config.device.shrink_share)
-        self._governor: Governor | FixedWindow = (
-            Governor(config.governor) if config.window == "auto" else FixedWindow(config.window)
-        )
+        self._governor: Governor | FixedWindow
+        if config.window == "auto":
+            governing = config.governor
+            self._governor = Governor(governing)
+            runtime.windows = WindowCosts(
+                runtime.store.shape, runtime.policy.costs, governing.most + 1, governing.mean_passes
+            )
+        else:
+            self._governor = FixedWindow(config.window)
+        self._latest: Sequence | None = None  # whose turn it was last
         self._said = False  # that this model cannot be speculated on: once is enough
 
     @property
@@ -76,6 +84,9 @@ class Engine:
             self._forward(sequence, part)
             sequence.rewind(part, accepted=0)
             self.runtime.end_pass(accepted=0)
+        if sequence is not self._latest and self.runtime.windows is not None:
+            self.runtime.windows.reset()
+        self._latest = sequence
         start = self.runtime.clock.now()
         draft = self._draft(sequence)
         drafted = self.runtime.clock.now()
@@ -85,11 +96,12 @@ class Engine:
         logits = self._forward(sequence, window)
         with self.runtime.clock.measure("verify"):
             verdict = _verify(sequence, draft, logits)
-        if sequence.prefilled:
-            verified = self.runtime.clock.now()
-            self._governor.observe(window.drafted, verdict.accepted, drafted - start, verified - drafted)
+        verified = self.runtime.clock.now()
         sequence.rewind(window, verdict.accepted)
         self.runtime.end_pass(verdict.accepted)
+        if not window.prefill:
+            spent = drafted - start, verified - drafted
+            self._governor.observe(window.drafted, verdict.accepted, *spent, self.runtime.look_back())
         tokens = sequence.accept(verdict.tokens)
         if sequence.finish_reason is None:
             self.runtime.plan(sequence.window([]))  # transfers hide behind the next draft

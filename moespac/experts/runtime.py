@@ -18,6 +18,7 @@ from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
 from moespac.policy.base import Policy, Sensor
 from moespac.policy.cost import MeasuredCosts
+from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.stats import ExpertStats, PassClock
@@ -51,6 +52,7 @@ class ExpertRuntime:
         self.clock = clock
         self.stats = ExpertStats()
         self.recorder: Callable[[Observation], None] | None = None  # sees what the policy sees
+        self.windows: WindowCosts | None = None  # looks back on passes, where a governor wants to know
         self._computers = computers
         self._costs = costs
         self._routers = routers
@@ -83,6 +85,14 @@ class ExpertRuntime:
     def begin_pass(self, window: Window) -> None:
         self._window = window
         self._routing, self._weights = [], []
+        if self.windows is not None and not self.memory.all_at_hand:
+            self.windows.begin(window, self.memory.residency)
+
+    def look_back(self) -> LookedBack:
+        """About the pass that ended last."""
+        if self.windows is None or self.memory.all_at_hand:
+            return NOTHING
+        return self.windows.latest()
 
     def end_pass(self, accepted: int) -> None:
         """The pass is verified: the policy learns what it showed."""
@@ -96,6 +106,8 @@ class ExpertRuntime:
         """The pass failed or was interrupted: forget it, and let what is in flight land."""
         self._window = None
         self._routing, self._weights = [], []
+        if self.windows is not None:
+            self.windows.reset()
         self.memory.quiesce()
 
     def shrink_accelerator(self, share: float) -> int:
@@ -252,6 +264,8 @@ class ExpertRuntime:
         observation = Observation(window, np.stack(self._routing), accepted, weights)
         if not idle:
             self.policy.observe(observation)
+            if self.windows is not None:
+                self.windows.observe(observation)
         if self.recorder is not None:
             self.recorder(observation)
 

@@ -9,6 +9,7 @@ there learns, window by window, what the product misses. Ours; what it is worth 
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,11 +46,13 @@ class Context:
     def features(self, *views: Rates) -> Features:
         """The views in the principal directions, and a constant. Roots of rates: their noise is even, too."""
         roots = np.sqrt(np.stack(views)) / self._unit
-        return np.append(roots @ self._basis.T, np.float32(1))
+        with _one_thread():
+            return np.append(roots @ self._basis.T, np.float32(1))
 
     def correct(self, expected: Rates, features: Features) -> Rates:
         """``expected`` with what the product of sensors misses; a tenth of it at least: that keeps their order."""
-        corrected = expected + self._scale(expected) * (features @ self._weights)
+        with _one_thread():
+            corrected = expected + self._scale(expected) * (features @ self._weights)
         return np.maximum(corrected, expected / 10)
 
     def learn(self, features: Features, expected: Rates, true: Rates, tokens: int) -> None:
@@ -83,7 +86,7 @@ class Context:
         weighted = features * tokens[:, None].astype(np.float32)
         self._gram += weighted.T @ features
         self._moments += weighted.T @ missed
-        with _blas().limit(limits=1):  # matrices this small wait longer for a second thread than they take
+        with _one_thread():
             self._turn(roots)
             self._solve()
 
@@ -109,6 +112,11 @@ class Context:
     def _solve(self) -> None:
         ridge = self._config.ridge * np.eye(len(self._gram))
         self._weights = np.linalg.inv(self._gram + ridge).astype(np.float32) @ self._moments
+
+
+def _one_thread() -> AbstractContextManager[object]:
+    """Small matrices wait longer for a second thread than they take: milliseconds beside other programs."""
+    return _blas().limit(limits=1)
 
 
 @functools.cache

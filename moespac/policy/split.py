@@ -12,6 +12,7 @@ it takes now. Of two assignments that finish nearly together, that one is taken 
 
 from __future__ import annotations
 
+import functools
 import math
 from enum import IntEnum
 from typing import NamedTuple
@@ -31,6 +32,9 @@ class State(IntEnum):
     ARRIVING = 1  # on its way to the accelerator; a complete copy is in host memory
     HOST = 2
     STORAGE = 3
+
+
+_ARRIVING, _STORAGE = int(State.ARRIVING), int(State.STORAGE)  # an enumeration's members are slow to look up
 
 
 class Stakes(NamedTuple):
@@ -78,13 +82,13 @@ def place_by_finish(
 def _least(worth: Seconds, active: Ids, residency: Residency, number: int) -> Seconds:
     """What the next ``number`` slots that copies take are worth as they are: free ones nothing."""
     held = residency.accelerator.ravel()
-    others = held.copy()
-    others[active] = False  # in use now: nothing is taken from the layer that runs
-    values = worth[others]
-    taken = np.count_nonzero(held) + np.count_nonzero(residency.arriving_accelerator)
-    free = min(max(residency.capacity.accelerator - int(taken), 0), number)
+    used = np.count_nonzero(held) + np.count_nonzero(residency.arriving_accelerator)
+    free = min(max(residency.capacity.accelerator - int(used), 0), number)
+    values = np.where(held, worth, np.inf)
+    values[active] = np.inf  # in use now: nothing is taken from the layer that runs
     least = values if len(values) <= number else np.partition(values, number - 1)[:number]
-    return np.concatenate([np.zeros(free), np.sort(least)])[:number]
+    least = np.sort(least)
+    return np.concatenate([np.zeros(free), least[: np.searchsorted(least, np.inf)]])[:number]
 
 
 def _states(layer: int, active: Ids, residency: Residency) -> NDArray[np.int64]:
@@ -116,13 +120,15 @@ def split(
     differ = (states[1:] != states[:-1]) | (counts[1:] != counts[:-1])
     if stakes is not None:
         differ |= (stakes.worth[1:] != stakes.worth[:-1]) & (states[1:] >= State.HOST)
+    if np.count_nonzero(differ) >= config.exact_splits.bit_length():  # each class at least doubles them
+        return np.arange(len(counts)) < _best_prefix(counts, states, costs, slots, stakes)
     changes = np.flatnonzero(differ) + 1
     begins = np.concatenate([[0], changes])
     sizes = np.concatenate([changes, [len(counts)]]) - begins
     ways = tuple((sizes + 1).tolist())
     if math.prod(ways) > config.exact_splits:
         return np.arange(len(counts)) < _best_prefix(counts, states, costs, slots, stakes)
-    choices = np.stack(np.unravel_index(np.arange(math.prod(ways)), ways), axis=1)
+    choices = _all_choices(ways)
     if len(counts) > slots:
         choices = choices[choices.sum(axis=1) <= slots]
     seconds = makespans(choices, sizes, counts[begins], states[begins], costs)
@@ -135,6 +141,12 @@ def split(
     return np.arange(len(counts)) < np.repeat(begins + best, sizes)
 
 
+@functools.lru_cache(maxsize=1024)
+def _all_choices(ways: tuple[int, ...]) -> NDArray[np.int64]:
+    """(choices, classes): every combination of 0, 1 ... of each class."""
+    return np.stack(np.unravel_index(np.arange(math.prod(ways)), ways), axis=1)
+
+
 def _best_prefix(
     counts: NDArray[np.int64],
     states: NDArray[np.int64],
@@ -142,39 +154,59 @@ def _best_prefix(
     slots: int,
     stakes: Stakes | None,
 ) -> int:
-    """How many experts, from the first, go to the accelerator: least makespan, less what copies are worth."""
-    most = min(slots, len(counts))
-    mine, copied = states[:most], states[:most] > State.ARRIVING
-    flying, copies = int(np.count_nonzero(states == State.ARRIVING)), np.cumsum(copied)
-    seconds = costs.accelerator_expert(counts[:most])
-    there = np.zeros(most)  # when each is there; what is flying arrives, wanted or not
-    there[mine == State.ARRIVING] = (
-        costs.link * np.arange(1, flying + 1)[: np.count_nonzero(mine == State.ARRIVING)]
-    )
-    read = costs.storage * np.cumsum(mine == State.STORAGE)
-    begin = np.maximum.accumulate(np.maximum(read - (copies - 1) * costs.link, flying * costs.link))
-    there[copied] = (begin + copies * costs.link)[copied]
-    done = _one_by_one(there, seconds)
+    """How many experts, from the first, go to the accelerator: least makespan, less what copies are worth.
 
-    work = costs.host_expert(counts)
-    work = np.cumsum(work[::-1])[::-1]  # of each and those after it
-    if states[-1] == State.STORAGE:  # whichever device the reads before it serve
-        work = work + costs.storage * np.cumsum(states == State.STORAGE)
-        work = np.maximum.accumulate(work[::-1])[::-1]
-    host = np.append(work, 0.0)[: most + 1]
-    copying = costs.link * np.concatenate([[flying], flying + copies])
-    total = np.maximum(_beside(host, copying, costs.copy_toll), np.concatenate([[0.0], done]))
-    if stakes is not None:
-        given_up = np.concatenate([[0.0], np.cumsum(stakes.given_up)])
-        saved = np.cumsum(stakes.worth[:most] * copied) - given_up[np.minimum(copies, len(given_up) - 1)]
-        total[1:] -= saved
-    return int(total.argmin())
+    In plain floats, one step an expert: for the dozens that a layer has, arrays take twice as long.
+    """
+    link, storage = costs.link, costs.storage
+    state = states.tolist()
+    arriving = state.count(_ARRIVING)
+    by_host = _finishes_of_the_rest(costs.host_expert(counts).tolist(), state, storage)
+    spared = 1 - 1 / costs.copy_toll  # of each second of copying
+    worth = stakes.worth.tolist() if stakes is not None else None
+    given_up = stakes.given_up.tolist() if stakes is not None else []
+
+    copying = flight = (
+        arriving * link
+    )  # what is in flight arrives, wanted or not; then one copy after the other
+    host = min(by_host[0] * costs.copy_toll, by_host[0] + copying * spared)
+    best, least = 0, host
+    busy = arrived = read = held_up = saved = 0.0
+    copies = 0
+    for number, seconds in enumerate(costs.accelerator_expert(counts[:slots]).tolist(), start=1):
+        there, where = 0.0, state[number - 1]
+        if where == _ARRIVING:
+            there = arrived = arrived + link
+        elif where > _ARRIVING:
+            if where == _STORAGE:
+                read += storage
+            held_up = max(held_up, read - copies * link, flight)
+            if worth is not None:
+                saved += worth[number - 1] - (given_up[copies] if copies < len(given_up) else 0.0)
+            copies += 1
+            copying += link
+            there = held_up + copies * link
+        busy = max(busy, there) + seconds
+        rest = by_host[number]
+        host = min(rest * costs.copy_toll, rest + copying * spared)
+        total = max(host, busy) - saved
+        if total < least:
+            best, least = number, total
+    return best
 
 
-def _one_by_one(there: Seconds, seconds: Seconds) -> Seconds:
-    """When a device is done with each of a row of experts that come at these times and take ``seconds``."""
-    done = np.cumsum(seconds)
-    return done + np.maximum.accumulate(there - (done - seconds))
+def _finishes_of_the_rest(seconds: list[float], state: list[int], storage: float) -> list[float]:
+    """(n + 1) when the host, undisturbed, is done with all experts but the first 0, 1 ... n."""
+    finishes = [0.0]
+    work = latest = 0.0
+    reads = state.count(_STORAGE)
+    for one, where in zip(reversed(seconds), reversed(state), strict=True):
+        work += one
+        # The reads before it come first, whichever device they serve.
+        latest = max(latest, work + reads * storage)
+        reads -= where == _STORAGE
+        finishes.append(latest)
+    return finishes[::-1]
 
 
 def _beside(busy: Seconds, copying: Seconds, toll: float) -> Seconds:

@@ -25,6 +25,7 @@ _OPERATIONS = 2  # a multiplication and an addition for each weight and token
 _MAY_BE_ZERO = (
     "host_expert_overhead",
     "layer_overhead",
+    "decide_overhead",
     "storage_latency",
     "accelerator_memory",
     "accelerator_launch",
@@ -62,6 +63,9 @@ class HardwareProfile:
     accelerator_launch: float = 0.0  # of each expert on the accelerator
     link_bandwidth: float = 0.0  # pinned host memory to accelerator
     link_latency: float = 0.0
+    decide_overhead: float = (
+        0.0  # of each layer and pass, beyond that, while memory lacks experts: planning them
+    )
     link_shares_host_memory: bool = True  # a copy reads the very memory that the CPU's experts read
     host_seconds_per_weight: Mapping[str, Curve] = field(default_factory=dict)  # measured, by record format
     sources: Mapping[str, str] = field(default_factory=dict)  # where each figure comes from

@@ -22,6 +22,7 @@ from moespac.policy.baselines.belady import BeladyPolicy
 from moespac.policy.cost import CostModel
 from moespac.policy.planner import MoeSpacPolicy
 from moespac.policy.registry import make_policy
+from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.stats import PassClock
@@ -148,8 +149,11 @@ class Simulation:
         self._setting = setting
         self._window = window
         self._governor: Governor | FixedWindow = FixedWindow(window)
+        self._windows: WindowCosts | None = None
         if policy.name in setting.governed and window:
-            self._governor = Governor(replace(setting.engine.governor, most=window))
+            governing = replace(setting.engine.governor, most=window)
+            self._governor = Governor(governing)
+            self._windows = WindowCosts(policy.shape, policy.costs, window + 1, governing.mean_passes)
         self._machine = Machine(setting.hardware, setting.model, setting.engine.memory, record)
         self._shape = setting.model.to_model_shape()
         self._memory = ExpertMemory(
@@ -198,7 +202,9 @@ class Simulation:
         self._verify(seen)
         if not seen.window.prefill:
             verified = self._clock.now()
-            self._governor.observe(seen.window.drafted, seen.accepted, drafted - start, verified - drafted)
+            self._governor.observe(
+                seen.window.drafted, seen.accepted, drafted - start, verified - drafted, self._look_back(seen)
+            )
         self._policy.observe(seen)
         coming = text.upcoming()
         if coming is not None and not coming.prefill:
@@ -228,11 +234,17 @@ class Simulation:
             self._plan(Window(seen.window.tokens[: ran + 1], drafted))
 
     def _verify(self, seen: Observation) -> None:
+        if self._windows is not None:
+            self._windows.begin(seen.window, self._memory.residency)
         tokens = len(seen.window.tokens)
         trunk = self._setting.hardware.trunk_seconds(
             self._setting.model, tokens, on_accelerator=self._setting.hardware.has_accelerator
         )
+        decide = 0.0 if self._memory.all_at_hand else self._setting.hardware.decide_overhead
         for layer in range(self._shape.layers):
+            if decide:
+                with self._clock.measure("decide"):
+                    self._machine.run_dense(decide)
             with self._clock.measure("trunk", f"layer {layer}"):
                 self._machine.run_dense(trunk / self._shape.layers)
                 self._run_experts(layer, seen)
@@ -258,6 +270,12 @@ class Simulation:
             accuracy = self._setting.assumed.next_gate_accuracy
             guessed = guess(seen.routing[layer : layer + 1], self._shape.experts, accuracy, self._rng)
             self._policy.foresee_layer(layer, guessed[0])
+
+    def _look_back(self, seen: Observation) -> LookedBack:
+        if self._windows is None or self._memory.all_at_hand:
+            return NOTHING
+        self._windows.observe(seen)
+        return self._windows.latest()
 
     # ---- transfers -----------------------------------------------------------------------------------
 

@@ -7,11 +7,18 @@ more than its accepted tokens gain. K is chosen each pass to maximise
                                                                                 + K seconds of drafting)
 
 from running measurements of all three. No torch, no clock: the engine and the simulator tell it what they saw.
+
+Measuring by trying is dear and noisy: a pass of plain decoding varies by a quarter with the text alone. So what the
+experts of a pass's first token cost is taken off each measurement and put back as a mean, and what further tokens
+cost is known before one is drafted: both from looking back on passes (policy/windows.py).
 """
 
 from __future__ import annotations
 
+from math import sqrt
+
 from moespac.config import GovernorConfig
+from moespac.policy.windows import NOTHING, LookedBack
 
 
 class Governor:
@@ -23,8 +30,14 @@ class Governor:
         # One probability for all positions: later drafts are accepted a little less often, but one number is
         # known from a few windows, and eight would each be noise.
         self._acceptance = config.acceptance_prior
+        self._judged = 0  # drafts that were verified
         self._drafted_at = 0  # the last pass that had drafts
-        self._pass_seconds: dict[int, float] = {}  # running mean by tokens in the window
+        self._first = 0.0  # seconds that the experts of a pass's first token cost, running mean
+        self._extra: list[float] = []  # [n]: of n further tokens, where no such pass was measured
+        self._pass_seconds: dict[
+            int, float
+        ] = {}  # running mean beyond the first token's, by tokens in the window
+        self._noise = config.noise_prior**2  # of one measurement, as a share of a pass; squared
         self._timed_at: dict[int, int] = {}
         self._times: dict[int, int] = {}  # how often each size was measured
         self._draft_seconds = 0.0  # of one token
@@ -37,31 +50,53 @@ class Governor:
     def choose(self) -> int:
         """K for the next window: the best as far as is known, now and then a neighbour to know more."""
         # A line needs points: few, none, many; none once more, for the first passes find cold caches.
-        for first, times in ((min(2, self._most), 1), (0, 1), (self._most, 1), (0, 2)):
-            if self._times.get(first + 1, 0) < times and self._passes < self._config.first_passes:
-                return first
+        points = ((0, 1), (min(2, self._most), 1), (self._most, 1), (0, 2))
+        if self._passes < self._config.first_passes:
+            if len(self._extra) == 1:
+                return 0  # somebody looks back, and will know more in a moment
+            for first, times in points[-1:] if self._extra else points:
+                if self._times.get(first + 1, 0) < times:
+                    return first
         best = self._best()
         if best != self._last_best:
             self._last_best, self._interval = best, self._config.probe_passes
             self._next_probe = min(self._next_probe, self._passes + self._interval)
+        if best and not self._drafted_at:
+            return 1  # nobody knows yet what drafting takes
         if self._passes < self._next_probe:
             return best
         return self._probe(best)
 
-    def observe(self, drafted: int, accepted: int, draft_seconds: float, pass_seconds: float) -> None:
+    def observe(
+        self,
+        drafted: int,
+        accepted: int,
+        draft_seconds: float,
+        pass_seconds: float,
+        looked_back: LookedBack = NOTHING,
+    ) -> None:
         """A pass ran ``drafted`` + 1 tokens, of whose drafts ``accepted`` were kept."""
+        first, self._extra = looked_back
         self._passes += 1
+        self._first = _towards(self._first, first, max(1 / self._passes, 1 / self._config.mean_passes))
         if drafted:
             step = self._step(self._drafted_at)
             for right in [True] * accepted + [False] * (accepted < drafted):
-                self._acceptance = _towards(self._acceptance, right, step)
-            self._drafted_at = self._passes
+                self._judged += 1
+                few = 1 / (self._config.acceptance_drafts + self._judged)
+                self._acceptance = _towards(self._acceptance, right, max(step, few))
+            step = step if self._drafted_at else 1.0
             self._draft_seconds = _towards(self._draft_seconds, draft_seconds / drafted, step)
+            self._drafted_at = self._passes
         tokens = drafted + 1
-        known = self._pass_seconds.get(tokens, pass_seconds)
+        beyond = pass_seconds - first
+        known = self._pass_seconds.get(tokens, beyond)
         # One slow pass is a stall of the machine, not a property of K: it counts as at most twice the mean.
-        seen = min(pass_seconds, 2 * known)
+        seen = min(beyond, known + max(self._first + known, 0.0))
         times = self._times[tokens] = self._times.get(tokens, 0) + 1
+        if times > 1:
+            off = (seen - known) / max(self._first + known, 1e-9)
+            self._noise = _towards(self._noise, off**2, 1 / self._config.mean_passes)
         # A plain mean at first: the very first passes of a text find cold caches, and must not count for long.
         step = max(self._step(self._timed_at.get(tokens, 0)), 1 / times)
         self._pass_seconds[tokens] = _towards(known, seen, step)
@@ -69,21 +104,55 @@ class Governor:
 
     def rate(self, k: int) -> float:
         """Tokens per second to expect of windows with ``k`` drafts."""
-        tokens = sum(self._acceptance**position for position in range(k + 1))
+        return self._rate(k, self._acceptance)
+
+    def _rate(self, k: int, acceptance: float) -> float:
+        tokens = sum(acceptance**position for position in range(k + 1))
         return tokens / (self._seconds(k + 1) + k * self._draft_seconds)
 
     def _best(self) -> int:
-        """Drafting must be seen to pay: wrong drafts also disturb what memory holds, which no one pass shows."""
-        best = max(range(1, self._most + 1), key=self.rate)
-        return best if self.rate(best) > (1 + self._config.margin) * self.rate(0) else 0
+        """Drafting must be seen to pay, beyond what chance may show: wrong drafts also disturb what memory holds,
+        which no one pass shows."""
+        best = self._candidate(self._acceptance)
+        seen = self.rate(best) * (1 - self._config.doubt * self._doubt(best))
+        return best if seen > (1 + self._config.margin) * self.rate(0) else 0
+
+    def _candidate(self, acceptance: float) -> int:
+        """The best K beside 0, if drafts are accepted so often."""
+        return max(range(1, self._most + 1), key=lambda k: self._rate(k, acceptance))
+
+    def _hoped(self) -> float:
+        """As often as drafts may be accepted for all that is known: a standard deviation above the mean."""
+        mean, known = self._acceptance, self._config.acceptance_drafts + self._judged
+        return min(mean + sqrt(mean * (1 - mean) / known), 1.0)
+
+    def _doubt(self, k: int) -> float:
+        """The standard error of ``k``'s rate beside that of no drafts, as a share."""
+        return sqrt(self._noise * (1 / self._weight(k + 1) + 1 / self._weight(1)))
+
+    def _weight(self, tokens: int) -> float:
+        """Measurements' worth of what is known of passes of so many tokens, or of the nearest size measured."""
+        nearest = min(self._times, key=lambda size: abs(size - tokens))
+        measured = min(
+            float(self._times[nearest]), 2 * self._config.mean_passes
+        )  # as steady as such a mean is
+        return measured + (self._config.prior_passes if tokens <= len(self._extra) else 0)
 
     def _probe(self, best: int) -> int:
-        """A neighbour of ``best``, each in turn. Probes that change nothing become rare, unless the two are so
-        close that a probe costs nothing; a new best makes them frequent."""
+        """A neighbour of ``best``, each in turn. Probes become rare, unless the two are
+        so close that a probe costs nothing; a new best makes them frequent. Where looking back tells what a
+        window costs, there is little to try: only how often drafts are accepted, and not where none could pay."""
         self._probes += 1
         probed = 1 if best == 0 else best - 1 if self._probes % 2 or best == self._most else best + 1
-        if self.rate(probed) < (1 - self._config.close) * self.rate(best):
-            self._interval = min(2 * self._interval, self._config.probe_passes_most)
+        if best == 0 and self._extra:
+            self._interval *= 2
+            if self._rate(self._candidate(hoped := self._hoped()), hoped) < (
+                1 + self._config.margin
+            ) * self.rate(0):
+                self._interval = self._config.probe_passes_most
+        elif self.rate(probed) < (1 - self._config.close) * self.rate(best):
+            self._interval *= 2
+        self._interval = min(self._interval, self._config.probe_passes_most)
         self._next_probe = self._passes + self._interval
         return probed
 
@@ -93,7 +162,16 @@ class Governor:
         return min(max(1.0, (self._passes - last) / 8), mean / 4) / mean
 
     def _seconds(self, tokens: int) -> float:
-        """Of a pass: measured, or on the straight line between the nearest measured sizes."""
+        """Of a pass: what its first token costs, and beyond it what was measured, weighed with what is foreseen."""
+        measured = self._first + self._measured(tokens)
+        if tokens > len(self._extra) or 1 not in self._pass_seconds or tokens == 1:
+            return measured
+        foreseen = self._first + self._pass_seconds[1] + self._extra[tokens - 1]
+        times = min(float(self._times.get(tokens, 0)), self._config.mean_passes)
+        return _towards(foreseen, measured, times / (times + self._config.prior_passes))
+
+    def _measured(self, tokens: int) -> float:
+        """Beyond the first token: measured, or on the straight line between the nearest measured sizes."""
         known = self._pass_seconds
         if tokens in known:
             return known[tokens]
@@ -104,7 +182,7 @@ class Governor:
             return known[below] + share * (known[above] - known[below])
         nearest = below if below is not None else above
         assert nearest is not None, "choose() measures before it compares"
-        slope = self._config.token_share * known[nearest] / nearest
+        slope = self._config.token_share * (self._first + known[nearest]) / nearest
         return known[nearest] + slope * (tokens - nearest)
 
 
@@ -117,7 +195,7 @@ class FixedWindow:
     def choose(self) -> int:
         return self._k
 
-    def observe(self, drafted: int, accepted: int, draft_seconds: float, pass_seconds: float) -> None: ...
+    def observe(self, *seen: object) -> None: ...
 
 
 def _towards(mean: float, seen: float, step: float) -> float:

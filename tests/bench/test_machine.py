@@ -40,6 +40,7 @@ MEASURED = Measurement(
     experts={"f32": {1: 1e-4, 4: 2e-4}, "bf16": {1: 3e-4, 4: 2e-4}},
     expert_overhead=2e-5,
     layer_overhead=3e-4,
+    decide_overhead=1e-4,
     cuda=None,
 )
 CUDA = CudaSpeed("a GPU", 8 << 30, 4e11, 1e13, 2e-5, 2e10, 1e-5, 5e9)
@@ -56,6 +57,7 @@ def test_a_profile_is_what_was_measured() -> None:
     assert profile.host_bandwidth == 16e9
     assert profile.host_flops == pytest.approx(2 * 4 * weights / 2e-4)
     assert (profile.host_expert_overhead, profile.layer_overhead) == (2e-5, 3e-4)
+    assert profile.decide_overhead == 1e-4
     assert (profile.storage_bandwidth, profile.storage_depth) == (1e9, 4)
     assert all("measured on this machine" in text for text in profile.sources.values())
     assert {"host_memory", "storage_latency", "host_seconds_per_weight"} <= set(profile.sources)

@@ -148,6 +148,20 @@ def test_the_prefix_way_finds_the_best_prefix(seed: int) -> None:
     assert _simulate(there, counts, states, costs) == pytest.approx(best)
 
 
+@pytest.mark.parametrize("seed", range(60))
+def test_the_prefix_way_copies_at_once_beside_residents_when_nothing_is_read(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    costs, (counts, states) = _machine(rng), _instance(rng, most=20)
+    states[states > State.HOST] = State.HOST
+    states[states == State.ARRIVING] = State.ACCELERATOR
+    order = np.lexsort((-counts, states))
+    counts, states = counts[order], states[order]
+    there = split(counts, states, costs, BalanceConfig(exact_splits=0), len(counts))
+    prefixes = [np.arange(len(counts)) < p for p in range(len(counts) + 1)]
+    best = min(_simulate(prefix, counts, states, costs) for prefix in prefixes)
+    assert _simulate(there, counts, states, costs) == pytest.approx(best)
+
+
 def test_a_resident_expert_stays_on_a_fast_accelerator() -> None:
     costs = CostModel(CostConfig(host_bandwidth=20e9, link_bandwidth=1e9), record_bytes=10 << 20)
     there = split(np.array([1, 1]), np.array([State.ACCELERATOR, State.HOST]), costs, EXACT, slots=2)

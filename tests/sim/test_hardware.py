@@ -163,6 +163,7 @@ def test_impossible_figures(field: str, value: Any) -> None:
 
 def test_what_may_cost_nothing_may_be_zero() -> None:
     free = ("host_expert_overhead", "layer_overhead", "storage_latency", "accelerator_launch", "link_latency")
+    free += ("decide_overhead",)
     replace(MACHINE, **dict.fromkeys(free, 0.0))
 
 

@@ -103,6 +103,19 @@ def test_a_pass_by_hand() -> None:
     assert result.link_bytes == 200 and result.hit_rate == 0.0
 
 
+def test_deciding_takes_its_time_while_memory_lacks_experts() -> None:
+    trace = random_trace(12)
+    for host in (MODEL.layers * MODEL.experts, 3):
+        spent = [
+            simulate(trace, "lru", Setting(machine, MODEL, Capacity(host), window=0)).seconds
+            for machine in (HOST_ONLY, replace(HOST_ONLY, decide_overhead=0.5))
+        ]
+        passes = 12 - 6  # half of a short text is its prompt
+        expected = 0 if host > 3 else passes * MODEL.layers * 0.5
+        assert spent[1].get("decide", 0) == pytest.approx(expected)
+        assert spent[1]["total"] >= spent[0]["total"] + expected / 2  # reads go on meanwhile
+
+
 def test_a_copy_and_the_host_share_memory() -> None:
     """Two experts on the host beside a copy: the second one meets the copy's bytes."""
     trace = decoded([[[[0, 1], [0, 1]], [[0, 1], [0, 1]]]])
