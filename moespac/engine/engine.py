@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Generator, Iterator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class Engine:
             )
         else:
             self._governor = FixedWindow(config.window)
-        self._latest: Sequence | None = None  # whose turn it was last
+        self._latest: weakref.ref[Sequence] | None = None  # whose turn it was last
         self._said = False  # that this model cannot be speculated on: once is enough
 
     @property
@@ -84,9 +85,7 @@ class Engine:
             self._forward(sequence, part)
             sequence.rewind(part, accepted=0)
             self.runtime.end_pass(accepted=0)
-        if sequence is not self._latest and self.runtime.windows is not None:
-            self.runtime.windows.reset()
-        self._latest = sequence
+        self._take_turn(sequence)
         start = self.runtime.clock.now()
         draft = self._draft(sequence)
         drafted = self.runtime.clock.now()
@@ -106,6 +105,12 @@ class Engine:
         if sequence.finish_reason is None:
             self.runtime.plan(sequence.window([]))  # transfers hide behind the next draft
         return StepResult(tokens, window.drafted, verdict.accepted, _logprobs(sequence, tokens, logits))
+
+    def _take_turn(self, sequence: Sequence) -> None:
+        """What was seen of another text says nothing about this one's next tokens."""
+        if (self._latest is None or self._latest() is not sequence) and self.runtime.windows is not None:
+            self.runtime.windows.reset()
+        self._latest = weakref.ref(sequence)  # its cache is free as soon as its caller lets it go
 
     def _draft(self, sequence: Sequence) -> Draft:
         k = min(self._governor.choose(), sequence.room) if sequence.prefilled else 0
