@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from moespac.experts.movers import host_arena
+
 TYPES = {
     "bf16": ("BF16", 30),
     "int8": ("Q8_0", 8),
@@ -89,7 +91,8 @@ class GgmlExperts:
         sizes = [w.shape[0] * base.ggml_row_size(kind, w.shape[1]) for w in (gate_up, down)]
         outputs = sum(m * together * 4 * (4 * self._width + 3 * self._hidden) for m in tokens)
         total = slots * sum(sizes) + outputs + _SLACK * (1 + len(tokens))
-        self._context = base.ggml_init(_InitParams(total, None, False))
+        self._memory = host_arena(1, total)  # in huge pages, as ours are
+        self._context = base.ggml_init(_InitParams(total, self._memory.data_ptr(), False))
         weights = [self._weights(kind, weight, slots) for weight in (gate_up, down)]
         params = ctypes.create_string_buffer(2048)
         base.ggml_threadpool_params_init(params, together)
