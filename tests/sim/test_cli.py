@@ -92,11 +92,12 @@ def test_some_policies_some_sequences(trace: Path, tmp_path: Path) -> None:
 
 def test_a_timeline_is_written(trace: Path, tmp_path: Path) -> None:
     file = tmp_path / "timeline.json"
-    result = simulate(trace, "--policies", "moe-spac", "--tokens", 2, "--timeline", file)
-    assert result.exit_code == 0, result.output
-    events = json.loads(file.read_text())["traceEvents"]
-    lanes = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
-    assert {"trunk", "draft", "host experts", "accelerator experts", "storage 1"} <= lanes
+    both = {"trunk", "host experts", "accelerator experts"}
+    for policy, wanted in (("moe-spac", {*both, "storage 1"}), ("llama.cpp+sd", {*both, "draft"})):
+        result = simulate(trace, "--policies", policy, "--tokens", 2, "--timeline", file)
+        assert result.exit_code == 0, result.output
+        events = json.loads(file.read_text())["traceEvents"]
+        assert wanted <= {event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert any(event["ph"] == "X" and event["name"] == "draft" for event in events)
     assert "--timeline shows one policy" in refused(simulate(trace, "--timeline", file))
 
