@@ -20,7 +20,7 @@ from moespac import errors
 from moespac.cli import app
 from moespac.cli.generate import DEMO_PROMPT
 from moespac.cli.tables import size
-from moespac.config import EngineConfig, MemoryConfig
+from moespac.config import DeviceConfig, EngineConfig, MemoryConfig
 from moespac.engine.summary import Summary
 
 PIECES = ["Two ", "wörds\n"]
@@ -143,6 +143,7 @@ def test_defaults_are_those_of_the_configuration(engine: FakeEngine) -> None:
             "window": EngineConfig.window,
             "host_memory": MemoryConfig.host_memory,
             "accelerator_memory": MemoryConfig.accelerator_memory,
+            "accelerator_context": DeviceConfig.context,
             "policy": EngineConfig.policy,
             "dtype": "auto",
             "profile": "auto",

@@ -130,6 +130,9 @@ def test_the_governor_is_measured_by_the_best_fixed_k() -> None:
     claim = next(claim for claim in claims(lines(records)) if "governed" in claim.text)
     assert claim.who == "moe-spac+draft / moe-spac+draft@1"
     assert claim.ratio is not None and claim.ratio.value == pytest.approx(0.625) and not claim.holds
+    quarter = [*records, record("lru+draft", 1.0)]
+    baseline = next(claim for claim in claims(lines(quarter)) if "baseline" in claim.text)
+    assert baseline.who == "moe-spac+draft / lru+draft", "a fixed K of ours is no baseline"
     assert not any("governed" in claim.text for claim in claims(lines(records[:2])))
 
 

@@ -62,7 +62,8 @@ def _budget(budget: float, found: Sequence[Line], records: Sequence[Record]) -> 
     here = [line for line in found if line.budget == budget]
     if not here:
         return ""
-    leader = next((line for line in here if line.contender.system == OURS), here[0])
+    governed = (line for line in here if line.contender.system == OURS and line.contender.window is None)
+    leader = next(governed, here[0])
     title = f"## Memory for {budget:.0%} of the experts"
     head = (
         "tokens/s",

@@ -207,4 +207,4 @@ def _llama_drafted(contender: Contender) -> bool:
 
 
 def _baseline_drafted(contender: Contender) -> bool:
-    return not contender.is_peer and not _ours(contender) and contender.draft != "none"
+    return not contender.is_peer and contender.system != OURS and contender.draft != "none"
