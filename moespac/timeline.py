@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 Record = Callable[[str, str, float, float], None]  # (lane, name, start, duration), seconds
@@ -45,6 +45,11 @@ def ignore(lane: str, name: str, start: float, duration: float) -> None:
 def expert_name(expert: int, experts: int) -> str:
     """MoE layer and number of the expert with this flat id, as a timeline shows them."""
     return "{}.{}".format(*divmod(expert, experts))
+
+
+def expert_names(flat_ids: Iterable[int], experts: int) -> str:
+    """Of a job that several share."""
+    return " ".join(expert_name(expert, experts) for expert in flat_ids)
 
 
 class Tape:

@@ -11,6 +11,15 @@ from torch import nn
 from moespac.experts.format import RecordLayout
 
 
+def reason_for_torch(prototype: nn.Module, layout: RecordLayout) -> str | None:
+    """Why nothing but ``ExpertMath`` can run experts like ``prototype`` in ``layout``, or None."""
+    if getattr(prototype, "has_post_expert_norm", False):
+        return "they normalise their outputs"
+    if any(tensor.transposed for tensor in layout.tensors):
+        return "the checkpoint stores them transposed; `moespac pack` does not"
+    return None
+
+
 class ExpertMath:
     """What all experts of a model do, for any family of transformers' experts interface.
 

@@ -20,7 +20,7 @@ from moespac.experts.grouped import GroupedExperts
 from moespac.experts.kernels import HostKernel
 from moespac.experts.resident import JobKernels
 from moespac.schedule.ports import Ticket
-from moespac.timeline import expert_name
+from moespac.timeline import expert_names
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class LayerTensors:
                 rows, y = self._expert(expert - self._first_id, self._x, accelerator.arena[slot])
                 self._out_device[rows.to(y.device)] = y.to(self._out_device.dtype)
 
-        name = " ".join(expert_name(expert, len(self._groups.counts)) for expert in experts)
+        name = expert_names(experts, len(self._groups.counts))
         return accelerator.compute(name, job)
 
     def _compute_grouped(

@@ -21,8 +21,8 @@ from moespac.policy.cost import MeasuredCosts
 from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.memory import ExpertMemory, Retention
-from moespac.schedule.stats import ExpertStats, PassClock
-from moespac.timeline import expert_name
+from moespac.schedule.stats import ExpertStats, PassClock, TierStats
+from moespac.timeline import expert_names
 from moespac.types import NO_IDS, Observation, Placement, Window
 
 UNKNOWN_TOKEN = -1  # in a pass that stock generate() runs, the runtime does not see the token ids
@@ -136,8 +136,7 @@ class ExpertRuntime:
         if accelerator is None or kernels is None or tier is None or not self.memory.all_at_hand:
             self._resident = None
         elif self._resident is None:  # none of them leaves its slot any more: there is one for each
-            slots = np.array([tier.slot(expert) for expert in range(self._shape.total)], dtype=np.int64)
-            by_layer = slots.reshape(self._shape.layers, self._shape.experts)
+            by_layer = tier.slots_of.reshape(self._shape.layers, self._shape.experts).copy()
             self._resident = ResidentExperts(kernels, lambda: accelerator.arena, by_layer, self._ran_resident)
         return self._resident
 
@@ -166,7 +165,8 @@ class ExpertRuntime:
         """Where experts are that a layer may use without asking; None while the policy wants to see each layer."""
         if self.memory.accelerator is not None:
             return None
-        return self._host_experts if self.policy.lets_hits_pass or self.memory.all_at_hand else None
+        passes = self.policy.lets_hits_pass and not self._asks_next_gate
+        return self._host_experts if passes or self.memory.all_at_hand else None
 
     @property
     def layers_in_peace(self) -> int | None:
@@ -183,11 +183,7 @@ class ExpertRuntime:
             names = None if self.clock.tape.record is None else self._names(layer)
             self.clock.was_spent_on("host_experts", began + start, seconds, names)
             self.policy.costs.observe_host(int(tokens), sample)
-        if self._window is None or not self._window.prefill:
-            active = np.zeros((len(computed.index), self._shape.experts), dtype=bool)
-            np.put_along_axis(active, computed.index.reshape(len(active), -1), True, axis=1)
-            hits = int(active.sum())
-            self.stats.host.count(hits, hits)
+        self._count_all_hit(self.stats.host, computed.index)
         if self.memory.moves:
             with self.clock.measure("decide"):
                 self._look_after_transfers(len(self._routing) - 1)
@@ -202,11 +198,8 @@ class ExpertRuntime:
 
     def _names(self, layer: int) -> str:
         """Of the experts that ``layer`` was routed to, for a timeline."""
-        first_id = layer * self._shape.experts
-        return " ".join(
-            expert_name(first_id + expert, self._shape.experts)
-            for expert in np.unique(self._routing[layer]).tolist()
-        )
+        experts = np.unique(self._routing[layer]) + layer * self._shape.experts
+        return expert_names(experts.tolist(), self._shape.experts)
 
     # ---- layers that ask -------------------------------------------------------------------------------
 
@@ -273,13 +266,23 @@ class ExpertRuntime:
         """A pass of ``resident`` is over: routing and weights (layers, T, k)."""
         self._routing = list(routing)
         self._weights = list(weights) if self.recorder is not None else []
-        if self._window is None or not self._window.prefill:
-            ids = routing + np.arange(0, self._shape.total, self._shape.experts)[:, None, None]
-            active = int(np.count_nonzero(np.bincount(ids.reshape(-1))))
-            self.stats.accelerator.count(active, active)
+        self._count_all_hit(self.stats.accelerator, routing)
+
+    def _count_all_hit(self, stats: TierStats, routing: NDArray[np.int64]) -> None:
+        """Layers, routing (layers, T, k), that found all they need on one tier."""
+        if self._prefills:
+            return
+        active = np.zeros((len(routing), self._shape.experts), dtype=bool)
+        np.put_along_axis(active, routing.reshape(len(routing), -1), True, axis=1)
+        hits = int(active.sum())
+        stats.count(hits, hits)
+
+    @property
+    def _prefills(self) -> bool:
+        return self._window is not None and self._window.prefill
 
     def _count_hits(self, host: NDArray[np.int64], accelerator: NDArray[np.int64]) -> None:
-        if self._window is not None and self._window.prefill:
+        if self._prefills:
             return
         self.stats.host.count(int(self.memory.host.ready[host].sum()), host.size)
         if self.memory.accelerator is not None:

@@ -19,7 +19,7 @@ from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.ports import Devices, Ticket
 from moespac.schedule.stats import PassClock
 from moespac.schedule.tiers import Tier
-from moespac.timeline import expert_name
+from moespac.timeline import expert_names
 from moespac.types import Placement
 
 
@@ -161,7 +161,7 @@ class LayerRun:
         experts = list(islice(side.ready, most))
         names = None
         if self._clock.tape.record is not None:
-            names = " ".join(expert_name(expert, len(self._counts)) for expert in experts)
+            names = expert_names(experts, len(self._counts))
         copying = self._memory.copying
         with self._clock.measure("host_experts", names):
             seconds = self._devices.compute_on_host(experts, [side.tier.slot(expert) for expert in experts])

@@ -23,7 +23,7 @@ from moespac.sim.clock import Action, SharedResource, VirtualBell, VirtualClock
 from moespac.sim.hardware import HardwareProfile
 from moespac.sim.shapes import SimModel
 from moespac.sim.workers import Job, VirtualTicket, VirtualWorkers
-from moespac.timeline import ACCELERATOR, LINK, STORAGE, Record, expert_name
+from moespac.timeline import ACCELERATOR, LINK, STORAGE, Record, expert_name, expert_names
 
 _HOST, _LINK, _STORAGE = "host", "link", "storage"  # who shares a resource
 
@@ -110,7 +110,7 @@ class LayerDevices:
     def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> VirtualTicket:
         machine = self._machine
         seconds = sum(machine.expert_accelerator_seconds(self._tokens(expert)) for expert in experts)
-        name = " ".join(expert_name(expert, len(self._counts)) for expert in experts)
+        name = expert_names(experts, len(self._counts))
         return machine.jobs.submit(name, lambda done: machine.clock.after(seconds, done))
 
     def _tokens(self, expert: int) -> int:

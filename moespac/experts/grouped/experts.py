@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moespac.config import GroupedConfig
-from moespac.experts.compute import ExpertMath
+from moespac.experts.compute import ExpertMath, reason_for_torch
 from moespac.experts.format import RecordLayout
 from moespac.experts.grouped.check import disagreement
 from moespac.experts.grouped.constants import MATRIX_TOKENS, VECTOR_TOKENS
@@ -165,11 +164,6 @@ class GroupedExperts:
 
 def _unserved(prototype: nn.Module, layout: RecordLayout, device: torch.device) -> str | None:
     """Why the kernels cannot run these experts, or None."""
-    experts: Any = prototype
     if device.type != "cuda" and not interpreted():
         return "it is simulated in this process"
-    if getattr(experts, "has_post_expert_norm", False):
-        return "they normalise their outputs"
-    if any(tensor.transposed for tensor in layout.tensors):
-        return "the checkpoint stores them transposed; packed experts run in one launch"
-    return None
+    return reason_for_torch(prototype, layout)

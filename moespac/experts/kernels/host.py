@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from moespac.experts.compute import ExpertMath
+from moespac.experts.compute import ExpertMath, reason_for_torch
 from moespac.experts.format import FLOATS, RecordLayout, TensorLayout, packed_layout, stored_layout
 from moespac.experts.kernels.gates import find_gate
 from moespac.experts.kernels.library import FORMATS, Expert, Gate, Matrix, chosen_isa, load_library
@@ -65,7 +65,7 @@ class HostKernel:
         isa = chosen_isa(library) if library else None
         if library is None or isa is None:
             return None
-        reason = _unserved(prototype, layout)
+        reason = reason_for_torch(prototype, layout)
         gate = None if reason else find_gate(prototype, library, isa)
         if gate is None:
             log.info("experts run in torch: %s", reason or "the native kernel does not know their gate")
@@ -139,15 +139,6 @@ class HostKernel:
 def _address(array: NDArray[np.int64]) -> int:
     assert array.dtype == np.int64 and array.flags.c_contiguous
     return torch.from_numpy(array).data_ptr()  # several times as fast as numpy's own ways
-
-
-def _unserved(prototype: nn.Module, layout: RecordLayout) -> str | None:
-    """Why the kernel cannot run these experts, or None."""
-    if getattr(prototype, "has_post_expert_norm", False):
-        return "they normalise their outputs"
-    if any(tensor.transposed for tensor in layout.tensors):
-        return "the checkpoint stores them transposed; packed experts run in the native kernel"
-    return None
 
 
 def _describe(layout: RecordLayout, gate: Gate) -> Expert:
