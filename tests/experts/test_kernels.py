@@ -27,8 +27,8 @@ from moespac.experts.kernels.library import VARIABLE, load_library
 from moespac.model.index import ExpertTensor
 
 FORMATS = ("f32", "bf16", "f16", "int8", "int4")
-# Of the output's norm. Floats: float32's rounding of sums. int8: that of activations to 16 bits. int4: what a sum in
-# float32 makes of an activation that lies between two of 8 bits; ``expected_here`` rounds as the kernel says it does.
+# Of the output's norm. Floats: float32's rounding of sums. int8: that of activations to 16 bits. int4:
+# what a sum in float32 makes of an activation between two of 8 bits; ``expected_here`` rounds as the kernel does.
 TOLERANCES = {"f32": 2e-6, "bf16": 2e-6, "f16": 2e-6, "int8": 2e-4, "int4": 2e-3}
 SWIGLU = dict(has_gate=True, is_concatenated=True, has_bias=False)
 
