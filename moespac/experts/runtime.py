@@ -179,14 +179,24 @@ class ExpertRuntime:
         self._routing.extend(computed.index)
         if self.recorder is not None:
             self._weights.extend(computed.shares)
-        for layer, (start, seconds, sample, tokens) in enumerate(computed.spans.tolist(), first):
-            names = None if self.clock.tape.record is None else self._names(layer)
-            self.clock.was_spent_on("host_experts", began + start, seconds, names)
-            self.policy.costs.observe_host(int(tokens), sample)
-        self._count_all_hit(self.stats.host, computed.index)
+        self._account(computed.spans, first, began)
+        if not self._prefills:
+            hits = int(computed.spans[:, 0].sum())
+            self.stats.host.count(hits, hits)
         if self.memory.moves:
             with self.clock.measure("decide"):
                 self._look_after_transfers(len(self._routing) - 1)
+
+    def _account(self, spans: NDArray[np.float64], first: int, began: float) -> None:
+        """The time of layers from ``first`` on, as ``Computed`` has it: one by one where somebody looks on."""
+        if self.clock.tape.record is None:
+            self.clock.was_spent_on("host_experts", began + spans[0, 1], float(spans[:, 2].sum()))
+        else:
+            for layer, (_, start, seconds, _, _) in enumerate(spans.tolist(), first):
+                self.clock.was_spent_on("host_experts", began + start, seconds, self._names(layer))
+        if not self.memory.all_at_hand:
+            for _, _, _, sample, tokens in spans.tolist():
+                self.policy.costs.observe_host(int(tokens), sample)
 
     def _look_after_transfers(self, layer: int) -> None:
         """As often as a layer that asks does, before and after it computes."""

@@ -218,12 +218,12 @@ class LeanTrunk:
         """As ``trunk.Trunk``."""
         start, count = cache.length, len(tokens)
         store, rotary = cache.reserve(count), self.rotary.at(start, start + count)
-        x = F.embedding(tokens.to(self._embedding.device), self._embedding)
         native = self._native if count <= MAX_TOKENS else None
         if native is None:
+            x = F.embedding(tokens.to(self._embedding.device), self._embedding)
             logits = self.in_torch(x, store, start, rotary, keep)
         else:
-            logits = self._in_kernel(native, x, store, start, rotary, keep)
+            logits = self._in_kernel(native, tokens, store, start, rotary, keep)
         cache.length += count
         return logits
 
@@ -245,14 +245,14 @@ class LeanTrunk:
     def _in_kernel(
         self,
         native: NativeDecoder,
-        x: torch.Tensor,
+        tokens: torch.Tensor,
         store: torch.Tensor,
         start: int,
         rotary: tuple[torch.Tensor, torch.Tensor],
         keep: int,
     ) -> torch.Tensor:
         experts = self._experts
-        run = native.begin(x, keep, store, start, rotary, experts.in_host_memory() if experts else None)
+        run = native.begin(tokens, keep, store, start, rotary, experts.in_host_memory() if experts else None)
         with _one_torch_thread():
             while not run.over:
                 began = time.perf_counter()
@@ -270,7 +270,7 @@ class LeanTrunk:
         shape = DecoderShape(*sizes, self._norm.variance_epsilon, self._scale)
         layers = [layer.weights(routers) for layer in self.layers]
         try:
-            return NativeDecoder(layers, self._head, self._norm.weight, shape, threads)
+            return NativeDecoder(layers, self._embedding, self._head, self._norm.weight, shape, threads)
         except NotServed as reason:
             log.info("the trunk runs in torch: %s", reason)
             return None

@@ -73,6 +73,7 @@ class NativeDecoder:
     def __init__(
         self,
         layers: list[LayerWeights],
+        embedding: torch.Tensor,
         head: Projection,
         norm: torch.Tensor,
         shape: DecoderShape,
@@ -88,6 +89,7 @@ class NativeDecoder:
             *(self._describe(layer, shape.width, library, isa) for layer in layers)
         )
         self._head, self._norm = self._weights(head), self._vector(norm)
+        self._embedding = self._weights(Projection(embedding)).base
         self._hidden, self._vocabulary = shape.hidden, head.weight.shape[0]
         self._threads, self._isa = max(1, threads), isa.decode()
         self._library = library
@@ -102,28 +104,32 @@ class NativeDecoder:
 
     def begin(
         self,
-        x: torch.Tensor,
+        tokens: torch.Tensor,
         keep: int,
         store: torch.Tensor,
         start: int,
         rotary: tuple[torch.Tensor, torch.Tensor],
         experts: HostExperts | None,
     ) -> NativePass:
-        """A pass of x (T, hidden), the residual stream, in place; to give the logits of the last ``keep`` tokens.
+        """A pass of ``tokens`` (T,), int64, to give the logits of the last ``keep`` of them.
 
         ``store`` (layers, 2, G, room, padded D) has keys and values up to ``start``; ``rotary`` are cosines and
         sines, (T, D), the sines of the first half negative. ``experts``: a layer of which all that are routed to
         are ready needs no caller.
         """
-        tokens, spans = x.shape[0], torch.empty(self._routed, 4, dtype=torch.float64)
-        routings = (self._routed, tokens, self._top_k)
+        assert tokens.dtype == torch.int64 and tokens.is_contiguous()
+        count = len(tokens)
+        routings = (self._routed, count, self._top_k)
+        x, normed = torch.empty(2, count, self._hidden)
         index, shares = torch.empty(routings, dtype=torch.int64), torch.empty(routings)
-        buffers = Buffers(torch.empty_like(x), index, shares, spans, torch.empty(keep, self._vocabulary))
+        spans = torch.empty(self._routed, 5, dtype=torch.float64)
+        logits = torch.empty(keep, self._vocabulary)
         run = Run(
-            *(x.data_ptr(), buffers.normed.data_ptr(), tokens, keep),
-            *(store.data_ptr(), store.shape[3], start, *(part.data_ptr() for part in rotary)),
-            *(part.data_ptr() for part in (index, shares, spans, buffers.logits)),
+            *(part.data_ptr() for part in (tokens, x, normed)),
+            *(count, keep, store.data_ptr(), store.shape[3], start),
+            *(part.data_ptr() for part in (*rotary, index, shares, spans, logits)),
         )
+        buffers = Buffers(tokens, x, normed, index, shares, spans, logits)
         return NativePass(self._library, self._model, self._served(experts), run, buffers)
 
     def _served(self, experts: HostExperts | None) -> Experts:
@@ -153,7 +159,8 @@ class NativeDecoder:
         layers = ctypes.addressof(self._layers)
         addresses = [part.data_ptr() for part in scratch]
         head = ctypes.addressof(self._head)
-        return PassModel(self._decoder, layers, len(self._layers), self._top_k, head, self._norm, *addresses)
+        count, vectors = len(self._layers), (self._norm, self._embedding)
+        return PassModel(self._decoder, layers, count, self._top_k, head, *vectors, *addresses)
 
     def _describe(self, layer: LayerWeights, width: int, library: ctypes.CDLL, isa: bytes) -> DecoderLayer:
         described = DecoderLayer(qkv=self._weights(layer.qkv), out=self._weights(layer.out))

@@ -80,7 +80,8 @@ class PassModel(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("decoder", "layers")),
         *((name, ctypes.c_int64) for name in ("layer_count", "top_k")),
-        *((name, ctypes.c_void_p) for name in ("head", "norm", "block", "outputs", "numbers", "seconds")),
+        *((name, ctypes.c_void_p) for name in ("head", "norm", "embedding")),
+        *((name, ctypes.c_void_p) for name in ("block", "outputs", "numbers", "seconds")),
     ]
 
 
@@ -98,7 +99,7 @@ class Run(ctypes.Structure):
     """``Run`` of pass.c."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "normed")),
+        *((name, ctypes.c_void_p) for name in ("ids", "x", "normed")),
         *((name, ctypes.c_int64) for name in ("tokens", "keep")),
         ("store", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("room", "start")),

@@ -51,8 +51,8 @@ class Routed:
 class Computed:
     """MoE layers whose experts the library computed: whom it routed to, index and shares (layers, T, k).
 
-    spans (layers, 4): the seconds from the start of the call to the experts' beginning, those of all together, the
-    part of one of them, and the tokens that this one ran for.
+    spans (layers, 5): how many experts they were, the seconds from the start of the call to their beginning, those
+    of all together, the part of one of them, and the tokens that this one ran for.
     """
 
     index: NDArray[np.int64]
@@ -62,9 +62,11 @@ class Computed:
 
 @dataclass
 class Buffers:
-    """Of one pass. normed (T, hidden); index and shares (MoE layers, T, k), spans (MoE layers, 4), logits
-    (keep, vocabulary)."""
+    """Of one pass. ids (T,) of its tokens; x and normed (T, hidden); index and shares (MoE layers, T, k), spans
+    (MoE layers, 5), logits (keep, vocabulary)."""
 
+    ids: torch.Tensor
+    x: torch.Tensor
     normed: torch.Tensor
     index: torch.Tensor
     shares: torch.Tensor

@@ -89,7 +89,14 @@ typedef struct {
     int64_t record_bytes;
     const int64_t *slots, *rows;
     float *out;
+    int64_t items;
+    const Ahead *ahead;
 } Call;
+
+enum {
+    PIECE = 32 << 10,     /* bytes fetched ahead at once: some 2 us */
+    AHEAD_MOST = 1 << 20, /* what stays in the second caches of two cores; more would be fetched twice */
+};
 
 EXPORT void moespac_kernel_free(Kernel *kernel) {
     if (kernel->pool) pool_free(kernel->pool);
@@ -145,9 +152,31 @@ static void prepare_token(void *context, int64_t token, int worker) {
                          kernel->prepared + (size_t)token * kernel->up_bytes);
 }
 
+static int64_t pieces_of(const Part *part) { return (part->n + PIECE - 1) / PIECE; }
+
+static int64_t pieces_ahead(const Ahead *ahead) {
+    int64_t pieces = 0, bytes = 0;
+    for (int i = 0; ahead && i < AHEAD_PARTS; i++) {
+        pieces += pieces_of(&ahead->parts[i]);
+        bytes += ahead->parts[i].n;
+    }
+    return bytes <= AHEAD_MOST ? pieces : 0;
+}
+
+static void fetch_ahead(const Call *call, int64_t piece) {
+    const Part *part = call->ahead->parts;
+    for (; piece >= pieces_of(part); part++) piece -= pieces_of(part);
+    int64_t at = piece * PIECE, left = part->n - at;
+    call->kernel->isa->read(part->bytes + at, left < PIECE ? left : PIECE);
+}
+
 static void run_item(void *context, int64_t number, int worker) {
     const Call *call = context;
     const Kernel *kernel = call->kernel;
+    if (number >= call->items) {
+        fetch_ahead(call, number - call->items);
+        return;
+    }
     const Expert *expert = &kernel->expert;
     const Isa *isa = kernel->isa;
     Scratch *scratch = &kernel->scratch[worker];
@@ -181,15 +210,12 @@ static int larger_first(const void *a, const void *b) {
     return (left->job > right->job) - (left->job < right->job);
 }
 
-/* Job j runs the expert in slot slots[j] for rows[begins[j]] ... rows[begins[j] + counts[j] - 1] of `out`
- * (tokens * top_k, hidden); the token of a row is row / top_k. `seconds` (jobs) gets what each took on its thread.
- * Returns 0, or -1 when memory is short; nothing is written then. */
-EXPORT int moespac_kernel_run(Kernel *kernel, const float *x, int64_t tokens, int64_t top_k, const char *arena,
-                              int64_t record_bytes, int64_t jobs, const int64_t *slots, const int64_t *rows,
-                              const int64_t *begins, const int64_t *counts, float *out, double *seconds) {
-    Call call = {kernel, x, tokens, top_k, arena, record_bytes, slots, rows, out};
+int kernel_run(Kernel *kernel, const float *x, int64_t tokens, int64_t top_k, const char *arena, int64_t record_bytes,
+               int64_t jobs, const int64_t *slots, const int64_t *rows, const int64_t *begins, const int64_t *counts,
+               float *out, double *seconds, const Ahead *ahead) {
     int64_t items = 0;
     for (int64_t job = 0; job < jobs; job++) items += (counts[job] + MAX_TOKENS - 1) / MAX_TOKENS;
+    Call call = {kernel, x, tokens, top_k, arena, record_bytes, slots, rows, out, items, ahead};
     pthread_mutex_lock(&kernel->turn);
     int fits = reserve((void **)&kernel->prepared, &kernel->prepared_capacity, (size_t)tokens * kernel->up_bytes) &&
                reserve((void **)&kernel->items, &kernel->items_capacity, (size_t)items * sizeof(Item));
@@ -208,9 +234,19 @@ EXPORT int moespac_kernel_run(Kernel *kernel, const float *x, int64_t tokens, in
             pool_run(kernel->pool, prepare_token, &call, tokens);
         else /* some microseconds: less than waking a thread */
             for (int64_t token = 0; token < tokens; token++) prepare_token(&call, token, 0);
-        pool_run(kernel->pool, run_item, &call, items);
+        pool_run(kernel->pool, run_item, &call, items + pieces_ahead(ahead));
         for (item = 0; item < items; item++) seconds[kernel->items[item].job] += kernel->items[item].seconds;
     }
     pthread_mutex_unlock(&kernel->turn);
     return fits ? 0 : -1;
+}
+
+/* Job j runs the expert in slot slots[j] for rows[begins[j]] ... rows[begins[j] + counts[j] - 1] of `out`
+ * (tokens * top_k, hidden); the token of a row is row / top_k. `seconds` (jobs) gets what each took on its thread.
+ * Returns 0, or -1 when memory is short; nothing is written then. */
+EXPORT int moespac_kernel_run(Kernel *kernel, const float *x, int64_t tokens, int64_t top_k, const char *arena,
+                              int64_t record_bytes, int64_t jobs, const int64_t *slots, const int64_t *rows,
+                              const int64_t *begins, const int64_t *counts, float *out, double *seconds) {
+    return kernel_run(kernel, x, tokens, top_k, arena, record_bytes, jobs, slots, rows, begins, counts, out, seconds,
+                      NULL);
 }

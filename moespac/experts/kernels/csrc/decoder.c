@@ -159,6 +159,11 @@ static const DecoderIsa *find_decoder_isa(const Isa *isa) {
     return &decoder_portable;
 }
 
+int64_t weights_bytes(const Weights *weights) {
+    const Matrix *matrix = &weights->matrix;
+    return matrix->rows * matrix->columns * float_bytes(matrix->format);
+}
+
 const Shape *decoder_shape(const Decoder *decoder) { return &decoder->shape; }
 
 Pool *decoder_borrow(Decoder *decoder, Pool *pool) { return decoder->pool = pool ? pool : decoder->own; }

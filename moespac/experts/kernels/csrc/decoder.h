@@ -47,6 +47,8 @@ typedef struct Decoder Decoder;
 
 const Shape *decoder_shape(const Decoder *decoder);
 
+int64_t weights_bytes(const Weights *weights); /* without a bias */
+
 /* From now on threads come from `pool` (of as many), or NULL: from the decoder's own. -> the one in use. */
 Pool *decoder_borrow(Decoder *decoder, Pool *pool);
 

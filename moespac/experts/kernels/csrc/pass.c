@@ -12,7 +12,7 @@ typedef struct {
     const Layer *layers;
     int64_t layer_count, top_k;
     const Weights *head;
-    const float *norm;
+    const float *norm, *embedding; /* (hidden), (vocabulary, hidden) */
     float *block;     /* (tokens, hidden) */
     float *outputs;   /* (tokens * top_k, hidden) */
     int64_t *numbers; /* (experts + 4 * tokens * top_k) */
@@ -28,15 +28,16 @@ typedef struct {
     const char *ready;    /* (rows, experts): the record is there; nobody moves it during the call */
 } Experts;
 
-/* What a layer's experts took: the seconds from the start of the call to their beginning, those of all together, and
- * the part of one of them, which ran for `tokens`. */
+/* What a layer's experts took: how many they were, the seconds from the start of the call to their beginning, those of
+ * all together, and the part of one of them, which ran for `tokens`. */
 typedef struct {
-    double start, seconds, sample, tokens;
+    double experts, start, seconds, sample, tokens;
 } Span;
 
 /* One pass, and how far it is. */
 typedef struct {
-    float *x, *normed; /* (tokens, hidden): the residual stream, and what a block takes */
+    const int64_t *ids;     /* (tokens), in the vocabulary */
+    float *x, *normed;      /* (tokens, hidden): the residual stream, and what a block takes */
     int64_t tokens, keep;
     float *store; /* (layers, 2, groups, room, padded): keys and values up to `start` */
     int64_t room, start;
@@ -81,15 +82,29 @@ static int all_ready(const char *ready, const int64_t *index, int64_t routings) 
     return 1;
 }
 
+/* The weights that come after the experts that `run` is at, where they are few enough to be kept. */
+static Ahead weights_ahead(const Model *model, const Run *run) {
+    Ahead ahead = {0};
+    if (run->layer + 1 < model->layer_count) {
+        const Layer *next = &model->layers[run->layer + 1];
+        const Weights *weights[] = {&next->qkv, &next->out, &next->router};
+        for (int i = 0; i < AHEAD_PARTS; i++)
+            ahead.parts[i] = (Part){weights[i]->base + weights[i]->matrix.values, weights_bytes(weights[i])};
+    }
+    return ahead;
+}
+
 /* model->block = what the experts that `run` is at make of run->normed. */
 static int run_experts(const Model *model, const Experts *experts, const Run *run, Span *span) {
     int64_t routings = run->tokens * model->top_k, first = run->row * experts->experts, at = run->row * routings;
     Groups groups = group(model, experts->experts, experts->slots + first, run->index + at, routings);
     double began = now(), all = 0.0;
-    if (moespac_kernel_run(experts->kernel, run->normed, run->tokens, model->top_k, experts->arena,
-                           experts->record_bytes, groups.jobs, groups.slots, groups.rows, groups.begins, groups.counts,
-                           model->outputs, model->seconds))
+    Ahead ahead = weights_ahead(model, run);
+    if (kernel_run(experts->kernel, run->normed, run->tokens, model->top_k, experts->arena, experts->record_bytes,
+                   groups.jobs, groups.slots, groups.rows, groups.begins, groups.counts, model->outputs, model->seconds,
+                   &ahead))
         return 0;
+    span->experts = (double)groups.jobs;
     span->seconds = now() - began;
     for (int64_t job = 0; job < groups.jobs; job++) all += model->seconds[job];
     span->sample = span->seconds * model->seconds[0] / all;
@@ -114,9 +129,16 @@ static int finish(const Model *model, const Run *run) {
                                 run->block ? run->block + skipped : NULL, (int)run->keep, run->logits) == 0;
 }
 
+static void embed(const Model *model, const Run *run) {
+    int64_t hidden = decoder_shape(model->decoder)->hidden;
+    for (int64_t t = 0; t < run->tokens; t++)
+        memcpy(run->x + t * hidden, model->embedding + run->ids[t] * hidden, (size_t)(4 * hidden));
+}
+
 static int run_on(const Model *model, const Experts *experts, Run *run, int64_t most) {
     int64_t routings = run->tokens * model->top_k, last = run->row + most;
     double began = now();
+    if (run->layer == 0) embed(model, run);
     for (; run->layer < model->layer_count; run->layer++) {
         if (run->row == last) return PAUSED;
         if (!attend(model, run)) return FAILED;
