@@ -147,7 +147,6 @@ class BalanceConfig:
         0.3  # of a copy's price, while tokens are drafted and the host is idle: a swap is a risk
     )
     pass_tokens_memory: float = 16.0  # passes over which the tokens of a pass are averaged
-    exact_splits: int = 256  # assignments enumerated at dispatch; beyond: prefixes; it runs in every layer
 
 
 @dataclass(frozen=True)
@@ -163,6 +162,9 @@ class CostConfig:
     storage_bandwidth: float = 1.5e9  # bytes/s, NVMe random reads of whole records
     samples: int = 9  # the median of this many latest measurements: up to four outliers do nothing
     buckets: int = 12  # token counts 1, 2, 4 .. 2048 that expert times are kept for
+    jitter: float = (
+        0.03  # by which a median moves before its curve is drawn anew: that takes 50 us, in any layer
+    )
 
 
 @dataclass(frozen=True)

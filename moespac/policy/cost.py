@@ -35,12 +35,11 @@ class _Median:
         self._latest: deque[float] = deque(maxlen=samples)
         self.value: float | None = None
 
-    def observe(self, seconds: float) -> bool:
-        """True when the median has changed."""
-        before = self.value
+    def observe(self, seconds: float) -> float:
+        """The median as it is now."""
         self._latest.append(seconds)
         self.value = sorted(self._latest)[(len(self._latest) - 1) // 2]
-        return self.value != before
+        return self.value
 
 
 class _Curve:
@@ -48,7 +47,7 @@ class _Curve:
 
     A bucket without a measurement takes the prior scaled like its nearest measured neighbour. More tokens are
     never cheaper. Measurements come once an expert and questions once a layer, so the curve is drawn anew only
-    when it is asked after a measurement, and read from a table for windows of ordinary size.
+    when it is asked after a median has moved, and read from a table for windows of ordinary size.
     """
 
     def __init__(self, first: float, further: float, config: CostConfig) -> None:
@@ -57,7 +56,8 @@ class _Curve:
         self._nodes = 2.0 ** np.arange(config.buckets)
         self._shape = self._prior = first + further * (self._nodes - 1)
         self._measured = [_Median(config.samples) for _ in self._nodes]
-        self._stale = True
+        self._jitter = config.jitter
+        self._draw()
 
     def start_from(self, measured: Mapping[int, float]) -> None:
         """The prior goes through these, and keeps its shape between and beyond them."""
@@ -71,15 +71,22 @@ class _Curve:
         """``seconds`` is scaled, in the prior's proportion, from ``tokens`` to the nearest power of two."""
         bucket = min(round(math.log2(tokens)), len(self._nodes) - 1)
         here = self._first + self._further * (tokens - 1)
-        if self._measured[bucket].observe(seconds * float(self._shape[bucket]) / here):
+        value = self._measured[bucket].observe(seconds * float(self._shape[bucket]) / here)
+        drawn = self._drawn[bucket]
+        if drawn is None or abs(value - drawn) > self._jitter * drawn:
             self._stale = True
 
     def __call__(self, tokens: NDArray) -> Seconds:
+        table = self.table()
+        if tokens.dtype.kind == "i" and tokens.size and tokens.max() < _TABLE:
+            return table[tokens]
+        return np.interp(tokens, self._x, self._y)
+
+    def table(self) -> Seconds:
+        """(64,) the seconds of 0, 1 ... tokens."""
         if self._stale:
             self._draw()
-        if tokens.dtype.kind == "i" and tokens.size and tokens.max() < _TABLE:
-            return self._table[tokens]
-        return np.interp(tokens, self._x, self._y)
+        return self._table
 
     def _draw(self) -> None:
         """Through the nodes, and on along the last piece."""
@@ -93,6 +100,7 @@ class _Curve:
         self._x = np.append(self._nodes, _FAR)
         self._y = np.append(seconds, seconds[-1] + slope * (_FAR - self._nodes[-1]))
         self._table = np.interp(np.arange(_TABLE), self._x, self._y)
+        self._drawn = [measured.value for measured in self._measured]
         self._stale = False
 
 
@@ -127,6 +135,10 @@ class CostModel:
     def accelerator_expert(self, tokens: NDArray) -> Seconds:
         """The same on the accelerator, its weights being there."""
         return self._accelerator(tokens)
+
+    def tables(self) -> tuple[Seconds, Seconds]:
+        """(64,) of ``host_expert`` and of ``accelerator_expert``, by tokens: for who asks in every layer."""
+        return self._host.table(), self._accelerator.table()
 
     @property
     def link(self) -> float:

@@ -91,3 +91,10 @@ def test_measured_costs_never_fall_with_tokens() -> None:
     costs.start_from(MeasuredCosts({1: 5e-3, 4: 1e-3, 16: 2e-3}, {1: 1e-3, 4: 1e-5}, 1e-4, 1e-3))
     for curve in (costs.host_expert, costs.accelerator_expert):
         assert (np.diff(curve(np.arange(1, 600))) >= 0).all()
+
+
+def test_a_curve_follows_once_a_median_has_moved_by_more_than_its_jitter() -> None:
+    costs = CostModel(CostConfig(samples=1, jitter=0.03), MEGABYTE)
+    for seconds, seen in ((1.0, 1.0), (1.02, 1.0), (0.98, 1.0), (1.04, 1.04), (1.02, 1.04), (1.0, 1.0)):
+        costs.observe_host(1, seconds)
+        assert costs.host_expert(np.array([1])) == pytest.approx([seen])
