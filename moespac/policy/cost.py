@@ -35,19 +35,18 @@ class _Median:
         self._latest: deque[float] = deque(maxlen=samples)
         self.value: float | None = None
 
-    def observe(self, seconds: float) -> float:
-        """The median as it is now."""
+    def observe(self, seconds: float) -> None:
         self._latest.append(seconds)
         self.value = sorted(self._latest)[(len(self._latest) - 1) // 2]
-        return self.value
 
 
 class _Curve:
     """Seconds as a function of tokens: at powers of two, measured or prior; linear between and beyond them.
 
     A bucket without a measurement takes the prior scaled like its nearest measured neighbour. More tokens are
-    never cheaper. Measurements come once an expert and questions once a layer, so the curve is drawn anew only
-    when it is asked after a median has moved, and read from a table for windows of ordinary size.
+    never cheaper. Measurements come once an expert and questions once a layer, so the curve is drawn anew when half
+    as many have come as it was drawn from, at most ``config.redraw``, and read from a table for windows of ordinary
+    size.
     """
 
     def __init__(self, first: float, further: float, config: CostConfig) -> None:
@@ -56,7 +55,8 @@ class _Curve:
         self._nodes = 2.0 ** np.arange(config.buckets)
         self._shape = self._prior = first + further * (self._nodes - 1)
         self._measured = [_Median(config.samples) for _ in self._nodes]
-        self._jitter = config.jitter
+        self._redraw = config.redraw
+        self._seen = 0  # measurements
         self._draw()
 
     def start_from(self, measured: Mapping[int, float]) -> None:
@@ -65,16 +65,14 @@ class _Curve:
         ratios = np.array([measured[int(n)] for n in tokens]) / (self._first + self._further * (tokens - 1))
         prior = self._shape * np.interp(np.log2(self._nodes), np.log2(tokens), ratios)
         self._prior = np.maximum.accumulate(prior)
-        self._stale = True
+        self._draw()
 
     def observe(self, tokens: int, seconds: float) -> None:
         """``seconds`` is scaled, in the prior's proportion, from ``tokens`` to the nearest power of two."""
         bucket = min(round(math.log2(tokens)), len(self._nodes) - 1)
         here = self._first + self._further * (tokens - 1)
-        value = self._measured[bucket].observe(seconds * float(self._shape[bucket]) / here)
-        drawn = self._drawn[bucket]
-        if drawn is None or abs(value - drawn) > self._jitter * drawn:
-            self._stale = True
+        self._measured[bucket].observe(seconds * float(self._shape[bucket]) / here)
+        self._seen += 1
 
     def __call__(self, tokens: NDArray) -> Seconds:
         table = self.table()
@@ -84,7 +82,7 @@ class _Curve:
 
     def table(self) -> Seconds:
         """(64,) the seconds of 0, 1 ... tokens."""
-        if self._stale:
+        if self._seen - self._drawn >= max(1, min(self._drawn // 2, self._redraw)):
             self._draw()
         return self._table
 
@@ -100,8 +98,7 @@ class _Curve:
         self._x = np.append(self._nodes, _FAR)
         self._y = np.append(seconds, seconds[-1] + slope * (_FAR - self._nodes[-1]))
         self._table = np.interp(np.arange(_TABLE), self._x, self._y)
-        self._drawn = [measured.value for measured in self._measured]
-        self._stale = False
+        self._drawn = self._seen
 
 
 class CostModel:

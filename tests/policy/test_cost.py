@@ -93,8 +93,17 @@ def test_measured_costs_never_fall_with_tokens() -> None:
         assert (np.diff(curve(np.arange(1, 600))) >= 0).all()
 
 
-def test_a_curve_follows_once_a_median_has_moved_by_more_than_its_jitter() -> None:
-    costs = CostModel(CostConfig(samples=1, jitter=0.03), MEGABYTE)
-    for seconds, seen in ((1.0, 1.0), (1.02, 1.0), (0.98, 1.0), (1.04, 1.04), (1.02, 1.04), (1.0, 1.0)):
-        costs.observe_host(1, seconds)
-        assert costs.host_expert(np.array([1])) == pytest.approx([seen])
+def test_a_curve_follows_many_measurements_at_a_time() -> None:
+    costs = CostModel(CostConfig(samples=1, redraw=8), MEGABYTE)
+
+    def later(measurements: int, seconds: float) -> float:
+        for _ in range(measurements):
+            costs.observe_host(1, seconds)
+        return round(float(costs.host_expert(np.array([1]))[0]), 6)
+
+    assert [later(1, 1.0), later(1, 2.0), later(1, 3.0)] == [1.0, 2.0, 3.0], "at first at once"
+    for _ in range(50):
+        later(1, 4.0)
+    waited = next(n for n in range(1, 20) if later(1, 5.0) == 5.0)
+    assert 1 < waited <= 8
+    assert [later(7, 6.0), later(1, 6.0)] == [5.0, 6.0]
