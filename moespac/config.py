@@ -141,7 +141,9 @@ class BalanceConfig:
 
     exact_cells: int = 1_000_000  # layers x thresholds x slots solved exactly, in ~2 ms; beyond: greedy
     residency_windows: float = 4.0  # over which a transfer is spread: how long an expert stays, measured 3.7
-    rebalance_windows: int = 8  # between choices of thresholds: levels are inert, and a choice costs ~1 ms
+    rebalance_windows: int = (
+        32  # between choices of thresholds: levels are inert, and a choice costs 2 to 5 ms
+    )
     horizon_passes: float = 7.0  # over which an expert on the accelerator is credited with what it saves
     idle_price: float = (
         0.3  # of a copy's price, while tokens are drafted and the host is idle: a swap is a risk

@@ -83,7 +83,7 @@ class Context:
     def _project(self, *views: Rates) -> Features:
         roots = np.sqrt(np.stack(views)) / self._unit
         with _one_thread():
-            return (roots @ self._basis.T).ravel()
+            return np.ravel(roots @ self._basis.T).astype(np.float32, copy=False)
 
     def _scale(self, expected: Rates) -> Rates:
         return np.sqrt(expected + np.float32(self._config.floor))

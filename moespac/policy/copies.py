@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from moespac.policy.cost import Seconds
-from moespac.types import Grid, Ids, Residency
+from moespac.types import Ids, Residency
 
 
 def worth_copying(worth: Seconds, residency: Residency, price: float) -> Ids:
@@ -27,14 +27,6 @@ def worth_copying(worth: Seconds, residency: Residency, price: float) -> Ids:
     replacing = ids[free : free + len(victims)]
     pays = worth[replacing] > victims[: len(replacing)] + price
     return ids[: min(free, len(ids)) + int(np.argmin(np.append(pays, False)))]
-
-
-def given_up(worth: Seconds, idle: Grid, residency: Residency) -> Seconds:
-    """(m,) what is in the slots that copies take saves as it is, the first to go first; free ones are 0.
-
-    Of the accelerator's experts, those that are ``idle`` may go.
-    """
-    return np.concatenate([np.zeros(free_slots(residency)), np.sort(worth[idle.ravel()])])
 
 
 def free_slots(residency: Residency) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.experts.kernels.library import load_library
+from moespac.policy.copies import free_slots
 from moespac.policy.cost import CostModel, Seconds
 from moespac.types import Ids, Residency
 
@@ -29,7 +30,7 @@ class _Layer(ctypes.Structure):
         ("table", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("link", "storage", "toll")),
         *((name, ctypes.c_void_p) for name in ("worth", "given_up")),
-        ("slots_given_up", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("free", "victims")),
         ("order", ctypes.c_void_p),
         ("active", ctypes.c_int64),
     ]
@@ -67,7 +68,8 @@ def place(
     )
     if stakes is not None:
         asked.worth = _address(stakes.worth) + first_id * stakes.worth.itemsize
-        asked.given_up, asked.slots_given_up = _address(stakes.given_up), len(stakes.given_up)
+        asked.free = free_slots(residency)
+        asked.given_up, asked.victims = _address(stakes.given_up), len(stakes.given_up)
     there = library.moespac_place(ctypes.byref(asked))
     return None if there < 0 else (order[: asked.active], there)
 

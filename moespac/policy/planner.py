@@ -21,7 +21,7 @@ from moespac.policy.balance import (
     slots_needed,
 )
 from moespac.policy.base import Policy, TierName
-from moespac.policy.copies import given_up, worth_copying
+from moespac.policy.copies import worth_copying
 from moespac.policy.cost import CostModel
 from moespac.policy.sensors import DemandSensor, Rates
 from moespac.policy.split import Stakes, place_by_finish
@@ -47,7 +47,7 @@ class MoeSpacPolicy(Policy):
         self._planned = False
         self._thresholds: dict[TierName, NDArray[np.int64]] = {}
         self._worth_in_host = np.ones(shape.total)
-        self._given_up = np.zeros(0)  # seconds, by the slots that copies take
+        self._given_up = np.zeros(0)  # what the accelerator's experts save, the least first
         ahead = np.repeat(np.arange(2 * shape.layers) / shape.layers, shape.experts)
         self._clock = config.utility.pass_discount**ahead  # (2 * layers * experts,) this pass, then the next
         self._pass_tokens = 1.0  # running mean of the tokens that a pass runs
@@ -166,7 +166,7 @@ class MoeSpacPolicy(Policy):
         if self.capacity.accelerator:
             there = residency.accelerator.ravel()
             self._worth_in_host = np.where(there, self._config.utility.copy_worth, 1.0)
-            self._given_up = given_up(self._saved_after, residency.accelerator, residency)
+            self._given_up = np.sort(self._saved_after[there])
 
     def _rebalance(self, expected: Rates, residency: Residency) -> None:
         levels, highest = self._utility.levels, self._config.utility.levels

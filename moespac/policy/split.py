@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.policy import native
+from moespac.policy.copies import free_slots
 from moespac.policy.cost import CostModel, Seconds
 from moespac.types import Ids, Placement, Residency
 
@@ -43,7 +44,7 @@ class Stakes(NamedTuple):
     """What copies change beyond the layer that they are made for, in seconds saved in passes to come."""
 
     worth: Seconds  # (layers * experts,) of having each expert on the accelerator
-    given_up: Seconds  # (m,) of what is in the slots that copies take, the first to go first; free ones are 0
+    given_up: Seconds  # (m,) of the experts there that make way once it is full, the first to go first
 
 
 def place_by_finish(
@@ -76,7 +77,8 @@ def place_in_python(
     worth = np.zeros(len(ids)) if stakes is None else np.where(states >= State.HOST, stakes.worth[ids], 0.0)
     ordered = np.lexsort((-(costs.host_expert(tokens) + worth), states))
     slots = residency.capacity.accelerator
-    here = Stakes(worth[ordered], np.zeros(0) if stakes is None else stakes.given_up)
+    given_up = np.zeros(0) if stakes is None else np.append(np.zeros(free_slots(residency)), stakes.given_up)
+    here = Stakes(worth[ordered], given_up)
     return ids[ordered], best_prefix(tokens[ordered], states[ordered], costs, slots, here) if slots else 0
 
 
@@ -86,7 +88,7 @@ def best_prefix(
     """How many experts, from the first, go to the accelerator: least makespan, less what copies are worth.
 
     ``tokens`` and ``states`` (n,) of the experts, sorted; ``stakes.worth`` (n,) of those that would be copied, 0 of
-    the others; at most ``slots`` go there.
+    the others; ``stakes.given_up`` begins with the free slots as 0; at most ``slots`` go there.
     """
     link, storage, toll = costs.link, costs.storage, costs.copy_toll
     spared = 1 - 1 / toll  # of each second of copying

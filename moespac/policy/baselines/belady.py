@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moespac.config import PolicyConfig
 from moespac.policy.base import Counts, Policy, Sensor, TierName
 from moespac.policy.baselines.order import Values
-from moespac.policy.copies import given_up, worth_copying
+from moespac.policy.copies import worth_copying
 from moespac.policy.cost import CostModel, Seconds
 from moespac.policy.split import Stakes, place_by_finish
 from moespac.types import Capacity, Ids, ModelShape, Observation, Placement, Plan, Residency, Window
@@ -74,7 +74,7 @@ class BeladyPolicy(Policy):
             worth = self._saved(layer)
             idle = residency.accelerator.copy()
             idle[layer] &= counts == 0  # nothing is taken from the layer that runs
-            stakes = Stakes(worth, given_up(worth, idle, residency))
+            stakes = Stakes(worth, np.sort(worth[idle.ravel()]))
         placement = place_by_finish(layer, counts, residency, self.costs, stakes)
         return replace(placement, prefetch=prefetch)
 

@@ -14,8 +14,8 @@ typedef struct {
     const double *by_host, *by_accelerator;        /* (table) seconds of an expert with so many tokens */
     int64_t table;
     double link, storage, toll;
-    const double *worth, *given_up;                /* (experts), (slots_given_up); NULL: only this layer counts */
-    int64_t slots_given_up;
+    const double *worth, *given_up;                /* (experts), (victims); NULL: only this layer counts */
+    int64_t free, victims;                         /* copies take the free slots first */
     int64_t *order;                                /* out: (experts) ids, the accelerator's before the host's */
     int64_t active;                                /* out: how many there are */
 } Layer;
@@ -64,6 +64,11 @@ static void finish_the_rest(const Layer *layer, const Expert *active, int64_t n,
     }
 }
 
+static double give_up(const Layer *layer, int64_t copies) {
+    int64_t victim = copies - layer->free;
+    return victim < 0 || victim >= layer->victims ? 0 : layer->given_up[victim];
+}
+
 static int64_t best_prefix(const Layer *layer, const Expert *active, int64_t n, const double *rest) {
     double link = layer->link, toll = layer->toll, spared = 1 - 1 / toll;
     double flight = 0, copying, lowest, busy = 0, arrived = 0, read = 0, held_up = 0, saved = 0;
@@ -78,7 +83,7 @@ static int64_t best_prefix(const Layer *layer, const Expert *active, int64_t n, 
         } else if (active[i].state > ARRIVING) {
             if (active[i].state == STORAGE) read += layer->storage;
             held_up = most(most(held_up, read - copies * link), flight);
-            saved += active[i].worth - (copies < layer->slots_given_up ? layer->given_up[copies] : 0);
+            saved += active[i].worth - give_up(layer, copies);
             copies++;
             copying += link;
             there = held_up + copies * link;
