@@ -2,11 +2,12 @@
  *
  * A matrix is taken four rows at a time, so that one load of an activation serves four weights, and 256 columns
  * (a block) at a time. The four rows lie a quarter of the matrix apart: memory is read in four long streams, each in
- * its own order, which processors fetch ahead faster than one stream, and faster than a program can ask them to.
+ * its own order, which processors fetch ahead faster than one stream.
  *
- * Quantised weights meet 16-bit activations, one scale a block: products and their sum over a block are exact
- * integers, then added up as floats. An int4 weight is scale * q + minimum with two row factors; the sums over
- * scale * q are integers as an int8 row's are, and the minima meet the groups' sums of activations.
+ * An int8 weight meets a 16-bit activation, one scale a block: products and their sum over a block are exact
+ * integers, then added up as floats. An int4 weight is scale * q + minimum with two row factors, and meets an 8-bit
+ * activation, one scale a group: the sums of scale * q over a group are exact integers, and the minima meet the
+ * groups' sums of activations.
  *
  * What is added to what, and in which order, follows from the matrix alone: an output does not depend on how many
  * tokens are computed beside it.
@@ -20,11 +21,12 @@
 enum {
     ROWS = 4,
     MOST = 4, /* rows or tokens in registers at once */
-    BLOCK = 256, /* columns: their products with int4's 12-bit weights just fit the sums' 32 bits */
-    GROUP = 32,  /* columns of one int4 scale */
+    BLOCK = 256,  /* columns */
+    GROUP = 32,   /* columns of one int4 scale */
     BLOCK_GROUPS = BLOCK / GROUP,
-    INT8_ACTIVATION = 32767,          /* 127 * 32767 * (256 columns / 8 lanes) < 2^31 */
-    INT4_ACTIVATION = 127 * 128 + 63  /* two bytes of 128 * high + low; 15 * 255 * 16319 * (256 / 8) < 2^31 */
+    AHEAD = 1024, /* bytes of a row */
+    INT8_ACTIVATION = 32767, /* 127 * 32767 * (256 columns / 8 lanes) < 2^31 */
+    INT4_ACTIVATION = 127    /* 15 * 127 * 4 products < 2^15 */
 };
 
 INLINE int64_t align_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -47,16 +49,23 @@ INLINE int64_t bytes_of(int format, int64_t columns) {
 
 /* ---- activations ------------------------------------------------------------------------------------------- */
 
-/* Floats: x filled up with zeros. Integers: 16 bits each, filled up with zeros and arranged as the instruction set
- * wants them; one float scale a block; int4: the sums of the groups, as floats, filled up with zeros. */
+/* Floats: x filled up with zeros. int8: 16 bits each, filled up with zeros and arranged as the instruction set wants
+ * them; one float scale a block. int4: units of 64 columns as the instruction set wants them, filled up with zeros;
+ * then the sums of the groups, as floats, filled up with zeros. */
 typedef struct {
     int64_t scales, sums, end; /* bytes from the start */
 } Prepared;
 
+/* Bytes of the activations of `columns`, which fill units. */
+INLINE int64_t prepared_values(const int format, int64_t columns) {
+    if (format == FORMAT_INT4) return columns / UNIT4 * X4_UNIT;
+    return is_float(format) ? 4 * columns : 2 * columns;
+}
+
 INLINE Prepared prepared_of(const int format, int64_t columns) {
-    int64_t padded = align_up(columns, PAD);
-    Prepared at = {2 * padded, 2 * padded + 4 * blocks_of(columns), 0};
-    at.end = is_float(format) ? 4 * padded : at.sums;
+    int64_t values = prepared_values(format, align_up(columns, PAD));
+    Prepared at = {values, values, values};
+    if (format == FORMAT_INT8) at.end += 4 * blocks_of(columns);
     if (format == FORMAT_INT4) at.end += 4 * align_up(groups_of(columns), LANES);
     return at;
 }
@@ -90,35 +99,41 @@ INLINE void quantize_block(const float *x, int64_t n, int most, int16_t *q, floa
     }
 }
 
-/* The sums of each group are sums of the rounded activations: a rounding error is then weighted by the weight and not
- * by its distance from the minimum. */
-INLINE void quantize(const int format, const float *x, int64_t columns, char *prepared) {
-    Prepared at = prepared_of(format, columns);
-    float *scales = (float *)(prepared + at.scales), *sums = (float *)(prepared + at.sums);
+static void quantize8(const float *x, int64_t columns, char *prepared) {
+    float *scales = (float *)(prepared + prepared_of(FORMAT_INT8, columns).scales);
     for (int64_t start = 0; start < columns; start += BLOCK) {
         int16_t q[BLOCK] = {0};
-        int64_t n = least(BLOCK, columns - start), block = start / BLOCK;
-        quantize_block(x + start, n, format == FORMAT_INT4 ? INT4_ACTIVATION : INT8_ACTIVATION, q, scales + block);
-        for (int64_t i = 0; i < n; i += unit_of(format)) {
-            if (format == FORMAT_INT4) w4_arrange(q + i, prepared + 2 * (start + i));
-            else w8_arrange(q + i, prepared + 2 * (start + i));
-        }
-        for (int64_t g = 0; format == FORMAT_INT4 && g < groups_of(n); g++) {
-            int32_t sum = 0;
-            for (int64_t i = 0; i < GROUP; i++) sum += q[g * GROUP + i];
-            sums[block * BLOCK_GROUPS + g] = (float)sum * scales[block];
-        }
+        int64_t n = least(BLOCK, columns - start);
+        quantize_block(x + start, n, INT8_ACTIVATION, q, scales + start / BLOCK);
+        for (int64_t i = 0; i < n; i += UNIT8) w8_arrange(q + i, prepared + 2 * (start + i));
     }
-    if (format == FORMAT_INT4)
-        for (int64_t g = groups_of(columns); g % LANES; g++) sums[g] = 0.0f;
+}
+
+/* The sums of each group are sums of the rounded activations: a rounding error is then weighted by the weight and not
+ * by its distance from the minimum. */
+static void quantize4(const float *x, int64_t columns, char *prepared) {
+    float *sums = (float *)(prepared + prepared_of(FORMAT_INT4, columns).sums);
+    memset(sums, 0, (size_t)(4 * align_up(groups_of(columns), LANES)));
+    for (int64_t start = 0; start < columns; start += UNIT4) {
+        int16_t q[UNIT4] = {0};
+        float scales[UNIT4 / GROUP] = {0};
+        for (int64_t g = 0; g * GROUP < least(UNIT4, columns - start); g++) {
+            int64_t first = start + g * GROUP;
+            int32_t sum = 0;
+            quantize_block(x + first, least(GROUP, columns - first), INT4_ACTIVATION, q + g * GROUP, scales + g);
+            for (int64_t i = 0; i < GROUP; i++) sum += q[g * GROUP + i];
+            sums[first / GROUP] = (float)sum * scales[g];
+        }
+        w4_arrange(q, scales, prepared + start / UNIT4 * X4_UNIT);
+    }
 }
 
 static void prepare(const Matrix *matrix, const float *x, char *prepared) {
     int64_t columns = matrix->columns;
     if (matrix->format == FORMAT_INT8) {
-        quantize(FORMAT_INT8, x, columns, prepared);
+        quantize8(x, columns, prepared);
     } else if (matrix->format == FORMAT_INT4) {
-        quantize(FORMAT_INT4, x, columns, prepared);
+        quantize4(x, columns, prepared);
     } else {
         memcpy(prepared, x, (size_t)(4 * columns));
         memset(prepared + 4 * columns, 0, (size_t)(4 * (align_up(columns, PAD) - columns)));
@@ -142,6 +157,13 @@ typedef struct {
     int row, rows, token, tokens;
 } Grip;
 
+/* Ask for what comes next in the rows, a line of 64 bytes at a time. One token leaves the processor waiting for memory,
+ * which it then fetches ahead better than it is told; between the products of several it has to be told. */
+INLINE void ask_ahead(const Grip grip, const Tile *tile, int64_t at) {
+    if (grip.tokens == 1 || at % 64) return;
+    for (int r = 0; r < grip.rows; r++) __builtin_prefetch(tile->values[grip.row + r] + at + AHEAD, 0, 0);
+}
+
 INLINE vf load_floats(const int format, const char *row, int64_t k) {
     switch (format) {
     case FORMAT_BF16: return vf_of_bf16(row + 2 * k);
@@ -155,6 +177,7 @@ INLINE vf load_floats(const int format, const char *row, int64_t k) {
 INLINE void add_floats(const int format, const Grip grip, const Tile *tile, vf sums[MOST][MOST]) {
     for (int64_t k = 0; k < tile->columns; k += LANES) {
         vf w[MOST];
+        if (format != FORMAT_F32) ask_ahead(grip, tile, 2 * k);
         for (int r = 0; r < grip.rows; r++) w[r] = load_floats(format, tile->values[grip.row + r], k);
         for (int t = 0; t < grip.tokens; t++) {
             vf value = vf_load(tile->x[grip.token + t] + 4 * k);
@@ -165,6 +188,7 @@ INLINE void add_floats(const int format, const Grip grip, const Tile *tile, vf s
 
 INLINE void add_int8(const Grip grip, const Tile *tile, int64_t k, vi sums[MOST][MOST]) {
     const char *const *values = tile->values + grip.row, *const *x = tile->x + grip.token;
+    ask_ahead(grip, tile, k);
     if (grip.rows > grip.tokens) { /* keep the few in registers, and load the many one by one */
         w8 value[MOST];
         for (int t = 0; t < grip.tokens; t++) value[t] = w8_activations(x[t] + 2 * k);
@@ -182,32 +206,33 @@ INLINE void add_int8(const Grip grip, const Tile *tile, int64_t k, vi sums[MOST]
     }
 }
 
-INLINE void add_int4(const Grip grip, const Tile *tile, int64_t k, const w4_scales *scales, int unit,
-                     vi sums[MOST][MOST]) {
-    const char *const *values = tile->values + grip.row, *const *x = tile->x + grip.token;
-    for (int r = 0; r < grip.rows; r++) {
-        w4 w = w4_load(values[r] + k / 2, scales[r], unit);
-        for (int t = 0; t < grip.tokens; t++) sums[t][r] = w4_dot(sums[t][r], w, x[t] + 2 * k);
-    }
-}
-
-INLINE void add_block(const int format, const Grip grip, const Tile *tile, int64_t start, vf sums[MOST][MOST]) {
-    int64_t n = least(BLOCK, tile->columns - start);
+/* sums[t][r] += the integers' products over a block, times their scale. */
+INLINE void add_int8_block(const Grip grip, const Tile *tile, int64_t start, vf sums[MOST][MOST]) {
+    int64_t end = least(start + BLOCK, tile->columns);
     vi block[MOST][MOST];
     for (int t = 0; t < grip.tokens; t++)
         for (int r = 0; r < grip.rows; r++) block[t][r] = vi_zero();
-    if (format == FORMAT_INT8) {
-        for (int64_t k = 0; k < n; k += UNIT8) add_int8(grip, tile, start + k, block);
-    } else {
-        w4_scales scales[MOST];
-        for (int r = 0; r < grip.rows; r++)
-            scales[r] = w4_load_scales(n == BLOCK ? tile->scales[grip.row + r] + start / GROUP
-                                                  : tile->last_scales[grip.row + r]);
-        for (int64_t k = 0; k < n; k += UNIT4) add_int4(grip, tile, start + k, scales, (int)(k / UNIT4), block);
-    }
+    for (int64_t k = start; k < end; k += UNIT8) add_int8(grip, tile, k, block);
     for (int t = 0; t < grip.tokens; t++)
         for (int r = 0; r < grip.rows; r++)
             sums[t][r] = vf_scaled(block[t][r], tile->x_scales[grip.token + t][start / BLOCK], sums[t][r]);
+}
+
+INLINE void add_int4_block(const Grip grip, const Tile *tile, int64_t start, vf sums[MOST][MOST]) {
+    const char *const *values = tile->values + grip.row, *const *x = tile->x + grip.token;
+    int64_t n = least(BLOCK, tile->columns - start);
+    w4_scales scales[MOST];
+    for (int r = 0; r < grip.rows; r++)
+        scales[r] = w4_load_scales(n == BLOCK ? tile->scales[grip.row + r] + start / GROUP
+                                              : tile->last_scales[grip.row + r]);
+    int64_t k = start, at = prepared_values(FORMAT_INT4, start);
+    for (int unit = 0; unit < (int)(n / UNIT4); unit++, k += UNIT4, at += X4_UNIT) {
+        ask_ahead(grip, tile, k / 2);
+        for (int r = 0; r < grip.rows; r++) {
+            w4 w = w4_load(values[r] + k / 2, scales[r], unit);
+            for (int t = 0; t < grip.tokens; t++) sums[t][r] = w4_dot(sums[t][r], w, x[t] + at);
+        }
+    }
 }
 
 INLINE void add_grip(const int format, const Grip grip, const Tile *tile, vf *sums) {
@@ -216,21 +241,22 @@ INLINE void add_grip(const int format, const Grip grip, const Tile *tile, vf *su
     for (int t = 0; t < grip.tokens; t++)
         for (int r = 0; r < grip.rows; r++) acc[t][r] = from[t * ROWS + r];
     if (is_float(format)) add_floats(format, grip, tile, acc);
-    else
-        for (int64_t start = 0; start < tile->columns; start += BLOCK) add_block(format, grip, tile, start, acc);
+    for (int64_t start = 0; !is_float(format) && start < tile->columns; start += BLOCK) {
+        if (format == FORMAT_INT8) add_int8_block(grip, tile, start, acc);
+        else add_int4_block(grip, tile, start, acc);
+    }
     for (int t = 0; t < grip.tokens; t++)
         for (int r = 0; r < grip.rows; r++) from[t * ROWS + r] = acc[t][r];
 }
 
-/* Four tokens share the cost of converting the weights; float32 has none, and rather shares each activation between
- * four rows. */
+/* Four tokens share the cost of converting the weights, for one row where that takes many registers; float32 has none,
+ * and rather shares each activation between four rows. */
 INLINE void add_tile(const int format, const Tile *tile, int tokens, vf *sums) {
+    const int rows = format == FORMAT_INT4 ? 1 : 2;
     int t = 0;
     if (format != FORMAT_F32)
-        for (; t + 4 <= tokens; t += 4) {
-            add_grip(format, (Grip){0, 2, t, 4}, tile, sums);
-            add_grip(format, (Grip){2, 2, t, 4}, tile, sums);
-        }
+        for (; t + 4 <= tokens; t += 4)
+            for (int r = 0; r < ROWS; r += rows) add_grip(format, (Grip){r, rows, t, 4}, tile, sums);
     for (; t + 2 <= tokens; t += 2) add_grip(format, (Grip){0, 4, t, 2}, tile, sums);
     if (t < tokens) add_grip(format, (Grip){0, 4, t, 1}, tile, sums);
 }
@@ -240,7 +266,6 @@ INLINE void add_rows(const int format, const Matrix *matrix, const char *record,
                      const char *const *prepared, int tokens, vf *sums) {
     int64_t groups = groups_of(matrix->columns), columns = format == FORMAT_INT4 ? groups * GROUP : matrix->columns;
     int64_t whole = columns / unit_of(format) * unit_of(format);
-    int64_t width = is_float(format) ? 4 : 2; /* of an activation */
     /* Few tokens meet each weight once. More come back for it: it has to be in the first cache still. */
     int64_t step = tokens > MOST ? 4 * BLOCK : columns;
     uint8_t last_scales[ROWS][2 * BLOCK_GROUPS];
@@ -261,7 +286,7 @@ INLINE void add_rows(const int format, const Matrix *matrix, const char *record,
     for (int64_t start = 0; start < columns; start += step) {
         int64_t end = least(start + step, whole);
         for (int t = 0; t < tokens; t++) {
-            x[t] = prepared[t] + width * start;
+            x[t] = prepared[t] + prepared_values(format, start);
             x_scales[t] = (const float *)(prepared[t] + prepared_of(format, matrix->columns).scales) + start / BLOCK;
         }
         for (int r = 0; r < ROWS; r++) {
@@ -280,7 +305,7 @@ INLINE void add_rows(const int format, const Matrix *matrix, const char *record,
     }
     tile.columns = unit_of(format);
     for (int t = 0; t < tokens; t++) {
-        x[t] = prepared[t] + width * whole;
+        x[t] = prepared[t] + prepared_values(format, whole);
         x_scales[t] = (const float *)(prepared[t] + prepared_of(format, matrix->columns).scales) + whole / BLOCK;
     }
     add_tile(format, &tile, tokens, sums);

@@ -53,10 +53,11 @@ INLINE vi w8_dot(vi sum, w8 w, w8 x) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(w.odd, x.odd));
 }
 
-/* Weights as bytes 0 ... 15: the low nibbles of two groups and their high ones. An activation is 128 * high + low,
- * two signed bytes. Four products fit 16 bits, and the scale comes with the addition of pairs: scale * 128 fits 16
- * bits too. */
-typedef struct { __m256i low, high, scales, scales128; } w4;
+/* Weights as bytes 0 ... 15: the low nibbles of two groups and their high ones. Four products of a byte fit 16 bits,
+ * and the scale comes with the addition of pairs. A unit of activations: 64 bytes, then the groups' scales by lane. */
+enum { X4_UNIT = 64 + 4 * LANES };
+
+typedef struct { __m256i low, high, scales; } w4;
 typedef __m256i w4_scales;
 
 INLINE w4_scales w4_load_scales(const uint8_t *p) { return _mm256_set1_epi64x(*(const int64_t *)p); }
@@ -68,29 +69,20 @@ INLINE w4 w4_load(const void *p, w4_scales all, int unit) {
                                                                      {BYTES(6), BYTES(6), BYTES(7), BYTES(7)}};
     __m256i bytes = _mm256_loadu_si256(p), mask = _mm256_set1_epi8(15);
     __m256i scales = _mm256_shuffle_epi8(all, _mm256_load_si256((const __m256i *)spread[unit]));
-    return (w4){_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), scales,
-                _mm256_slli_epi16(scales, 7)};
+    return (w4){_mm256_and_si256(bytes, mask), _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), scales};
 }
-/* Each of the two groups in 16 bytes: high bytes of its first half, low bytes of it, then those of its second half. */
-INLINE void w4_arrange(const int16_t q[UNIT4], char *x) {
-    for (int half = 0; half < 2; half++) {
-        __m256i high[2], low[2];
-        for (int g = 0; g < 2; g++) {
-            __m256i words = _mm256_loadu_si256((const void *)(q + 32 * g + 16 * half));
-            high[g] = _mm256_srai_epi16(_mm256_add_epi16(words, _mm256_set1_epi16(64)), 7);
-            low[g] = _mm256_sub_epi16(words, _mm256_slli_epi16(high[g], 7));
-        }
-        __m256i *to = (__m256i *)(x + 64 * half);
-        _mm256_storeu_si256(to, _mm256_permute4x64_epi64(_mm256_packs_epi16(high[0], high[1]), 0xd8));
-        _mm256_storeu_si256(to + 1, _mm256_permute4x64_epi64(_mm256_packs_epi16(low[0], low[1]), 0xd8));
+INLINE void w4_arrange(const int16_t q[UNIT4], const float scales[2], char *x) {
+    for (int half = 0; half < 2; half++) { /* the first halves of both groups, then their second ones */
+        __m256i first = _mm256_loadu_si256((const void *)(q + 16 * half));
+        __m256i second = _mm256_loadu_si256((const void *)(q + 32 + 16 * half));
+        _mm256_storeu_si256((__m256i *)x + half,
+                            _mm256_permute4x64_epi64(_mm256_packs_epi16(first, second), 0xd8));
     }
+    _mm256_storeu_ps((float *)(x + 64), _mm256_set_m128(_mm_set1_ps(scales[1]), _mm_set1_ps(scales[0])));
 }
-INLINE vi w4_dot(vi sum, w4 w, const char *x) {
+INLINE vf w4_dot(vf sum, w4 w, const char *x) {
     const __m256i *bytes = (const __m256i *)x;
-    __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, _mm256_loadu_si256(bytes)),
-                                    _mm256_maddubs_epi16(w.high, _mm256_loadu_si256(bytes + 2)));
-    __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, _mm256_loadu_si256(bytes + 1)),
-                                   _mm256_maddubs_epi16(w.high, _mm256_loadu_si256(bytes + 3)));
-    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(high, w.scales128));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(low, w.scales));
+    __m256i fours = _mm256_add_epi16(_mm256_maddubs_epi16(w.low, _mm256_loadu_si256(bytes)),
+                                     _mm256_maddubs_epi16(w.high, _mm256_loadu_si256(bytes + 1)));
+    return vf_fma(_mm256_cvtepi32_ps(_mm256_madd_epi16(fours, w.scales)), vf_load(x + 64), sum);
 }

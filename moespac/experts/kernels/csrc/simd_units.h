@@ -19,7 +19,9 @@ INLINE vi w8_dot(vi sum, w8 w, w8 x) {
     return sum;
 }
 
-/* Two groups; scale * q of int4 fits 12 bits. */
+/* Two groups; scale * q of int4 fits 12 bits. A unit of activations: 64 of 16 bits, then both groups' scales. */
+enum { X4_UNIT = 2 * UNIT4 + 64 };
+
 typedef struct { w8 group[2]; } w4;
 typedef const uint8_t *w4_scales;
 
@@ -29,8 +31,13 @@ INLINE w4 w4_load(const char *p, w4_scales scales, int unit) {
     for (int i = 0; i < 2; i++) vs_of_nibbles((const uint8_t *)p + 16 * i, scales[2 * unit + i], w.group[i].v);
     return w;
 }
-INLINE void w4_arrange(const int16_t q[UNIT4], char *x) { memcpy(x, q, 2 * UNIT4); }
-INLINE vi w4_dot(vi sum, w4 w, const char *x) {
-    for (int i = 0; i < 2; i++) sum = w8_dot(sum, w.group[i], w8_activations(x + 2 * UNIT8 * i));
+INLINE void w4_arrange(const int16_t q[UNIT4], const float scales[2], char *x) {
+    memcpy(x, q, 2 * UNIT4);
+    memcpy(x + 2 * UNIT4, scales, 2 * sizeof *scales);
+}
+INLINE vf w4_dot(vf sum, w4 w, const char *x) {
+    const float *scales = (const float *)(x + 2 * UNIT4);
+    for (int i = 0; i < 2; i++)
+        sum = vf_scaled(w8_dot(vi_zero(), w.group[i], w8_activations(x + 2 * UNIT8 * i)), scales[i], sum);
     return sum;
 }
