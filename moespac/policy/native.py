@@ -9,7 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.experts.kernels.library import load_library
-from moespac.policy.copies import free_slots
 from moespac.policy.cost import CostModel, Seconds
 from moespac.types import Ids, Residency
 
@@ -24,13 +23,13 @@ class _Layer(ctypes.Structure):
     """``Layer`` of place.c."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("experts", "first_id", "slots")),
+        *((name, ctypes.c_int64) for name in ("total", "experts", "first_id", "slots")),
         *((name, ctypes.c_void_p) for name in ("counts", "host", "accelerator", "arriving")),
         *((name, ctypes.c_void_p) for name in ("by_host", "by_accelerator")),
         ("table", ctypes.c_int64),
         *((name, ctypes.c_double) for name in ("link", "storage", "toll")),
         *((name, ctypes.c_void_p) for name in ("worth", "given_up")),
-        *((name, ctypes.c_int64) for name in ("free", "victims")),
+        ("victims", ctypes.c_int64),
         ("order", ctypes.c_void_p),
         ("active", ctypes.c_int64),
     ]
@@ -51,6 +50,7 @@ def place(
     by_host, by_accelerator = costs.tables()
     order = np.empty(experts, np.int64)
     asked = _Layer(
+        residency.host.size,
         experts,
         first_id,
         residency.capacity.accelerator,
@@ -68,7 +68,6 @@ def place(
     )
     if stakes is not None:
         asked.worth = _address(stakes.worth) + first_id * stakes.worth.itemsize
-        asked.free = free_slots(residency)
         asked.given_up, asked.victims = _address(stakes.given_up), len(stakes.given_up)
     there = library.moespac_place(ctypes.byref(asked))
     return None if there < 0 else (order[: asked.active], there)

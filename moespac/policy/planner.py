@@ -51,6 +51,8 @@ class MoeSpacPolicy(Policy):
         ahead = np.repeat(np.arange(2 * shape.layers) / shape.layers, shape.experts)
         self._clock = config.utility.pass_discount**ahead  # (2 * layers * experts,) this pass, then the next
         self._pass_tokens = 1.0  # running mean of the tokens that a pass runs
+        self._running = 1.0  # tokens of the pass that runs ...
+        self._step = self._demand.lasting_step(1.0)  # ... and how far they move what lasts
         self._drafts_ahead = False  # whether the next pass is likely to be drafted first
         self._expect(self._demand.rate(), 1)
 
@@ -143,9 +145,11 @@ class MoeSpacPolicy(Policy):
 
     def _freshen(self, layer: int, counts: NDArray[np.int64]) -> None:
         """What the layer's routing has just shown, for what it leaves on the accelerator."""
-        tokens = max(int(counts.sum()) / self.shape.top_k, 1.0)
-        step = self._demand.lasting_step(tokens)
-        freshen(layer, counts, tokens, step, self._saved_by_rate, self._lasting, self._saved_after)
+        if layer == 0:  # all layers run the same tokens
+            self._running = max(int(counts.sum()) / self.shape.top_k, 1.0)
+            self._step = self._demand.lasting_step(self._running)
+        curve = self._saved_by_rate
+        freshen(layer, counts, self._running, self._step, curve, self._lasting, self._saved_after)
 
     def _saved(self, ran: int) -> NDArray[np.float64]:
         """(layers * experts,) seconds that each expert on the accelerator saves while it stays there, as far as

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from moespac.policy import native
 from moespac.policy.copies import free_slots
 from moespac.policy.cost import CostModel, Seconds
-from moespac.types import Ids, Placement, Residency
+from moespac.types import Ids, Placement, Plan, Residency
 
 
 class State(IntEnum):
@@ -38,6 +38,9 @@ class State(IntEnum):
 
 
 _ARRIVING, _STORAGE = int(State.ARRIVING), int(State.STORAGE)  # an enumeration's members are slow to look up
+
+
+_NOTHING = Plan()
 
 
 class Stakes(NamedTuple):
@@ -60,7 +63,7 @@ def place_by_finish(
     """
     placed = native.place(layer, counts, residency, costs, stakes)
     ids, there = placed or place_in_python(layer, counts, residency, costs, stakes)
-    return Placement(host=ids[there:], accelerator=ids[:there])
+    return Placement(host=ids[there:], accelerator=ids[:there], prefetch=_NOTHING)
 
 
 def place_in_python(

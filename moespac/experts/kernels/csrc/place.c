@@ -8,14 +8,15 @@
 enum { ACCELERATOR, ARRIVING, HOST, STORAGE };
 
 typedef struct {
-    int64_t experts, first_id, slots;
+    int64_t total, experts, first_id, slots;       /* of all layers; of this one; its first; of the accelerator */
     const int64_t *counts;                         /* (experts) tokens of each */
-    const uint8_t *host, *accelerator, *arriving;  /* (experts) where it is, or goes: to the accelerator */
+    const uint8_t *host, *accelerator, *arriving;  /* (experts) where it is, or goes: to the accelerator; each
+                                                    * amid the (total) flags of all layers */
     const double *by_host, *by_accelerator;        /* (table) seconds of an expert with so many tokens */
     int64_t table;
     double link, storage, toll;
     const double *worth, *given_up;                /* (experts), (victims); NULL: only this layer counts */
-    int64_t free, victims;                         /* copies take the free slots first */
+    int64_t victims;
     int64_t *order;                                /* out: (experts) ids, the accelerator's before the host's */
     int64_t active;                                /* out: how many there are */
 } Layer;
@@ -64,15 +65,23 @@ static void finish_the_rest(const Layer *layer, const Expert *active, int64_t n,
     }
 }
 
-static double give_up(const Layer *layer, int64_t copies) {
-    int64_t victim = copies - layer->free;
+static int64_t free_slots(const Layer *layer) {
+    const uint8_t *there = layer->accelerator - layer->first_id, *arriving = layer->arriving - layer->first_id;
+    int64_t used = 0;
+    for (int64_t e = 0; e < layer->total; e++) used += there[e] + arriving[e];
+    return used < layer->slots ? layer->slots - used : 0;
+}
+
+/* What the next copy's slot is worth as it is, `copies` having been made and `empty` slots being free before them. */
+static double give_up(const Layer *layer, int64_t empty, int64_t copies) {
+    int64_t victim = copies - empty;
     return victim < 0 || victim >= layer->victims ? 0 : layer->given_up[victim];
 }
 
 static int64_t best_prefix(const Layer *layer, const Expert *active, int64_t n, const double *rest) {
     double link = layer->link, toll = layer->toll, spared = 1 - 1 / toll;
     double flight = 0, copying, lowest, busy = 0, arrived = 0, read = 0, held_up = 0, saved = 0;
-    int64_t best = 0, copies = 0, in_flight = 0;
+    int64_t best = 0, copies = 0, in_flight = 0, empty = free_slots(layer);
     for (int64_t i = 0; i < n; i++) in_flight += active[i].state == ARRIVING;
     copying = flight = in_flight * link; /* what is in flight arrives, wanted or not; then one copy after the other */
     lowest = least(rest[0] * toll, rest[0] + copying * spared);
@@ -83,7 +92,7 @@ static int64_t best_prefix(const Layer *layer, const Expert *active, int64_t n, 
         } else if (active[i].state > ARRIVING) {
             if (active[i].state == STORAGE) read += layer->storage;
             held_up = most(most(held_up, read - copies * link), flight);
-            saved += active[i].worth - give_up(layer, copies);
+            saved += active[i].worth - give_up(layer, empty, copies);
             copies++;
             copying += link;
             there = held_up + copies * link;
