@@ -98,6 +98,12 @@ def _show(console, plan: Plan, model: PlannedModel, machine: Machine) -> None:
         f"format       {option.format}, {size(option.experts_bytes)} of experts{stored}", markup=False
     )
     console.print(f"budgets      {_flags(option, model)}")
+    budgets = option.budgets
+    if budgets.needs is not None:
+        console.print(
+            f"accelerator  {size(machine.accelerator_bytes)} free: {size(budgets.trunk)} for the trunk, "
+            f"{budgets.needs}, {size(budgets.accelerator)} for experts"
+        )
     if len(plan.options) > 1:
         console.print(_formats(plan))
     if plan.changes:

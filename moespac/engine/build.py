@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from moespac.experts.store import CheckpointStore, ExpertStore, PackedStore
 from moespac.experts.workers import Bell
 from moespac.model.graphed import GraphedTrunk
 from moespac.model.index import build_index
-from moespac.model.kv_size import kv_bytes_per_token
+from moespac.model.kv_size import kv_cache
 from moespac.model.lean import LeanTrunk
 from moespac.model.load import choose_dtype, load_tokenizer, load_trunk
 from moespac.model.routers import find_routers
@@ -142,7 +142,9 @@ def assemble(
     trunk = open_trunk(network, torch.get_num_threads(), clock, config.graphs)
     with _fitting(network.device, "the draft model"):
         source = _draft_source(draft, network, parts.tokenizer, network.dtype)
-    needs = _device_needs(config.device, [network, source], network.dtype)
+    models = [model for model in (network, source) if isinstance(model, nn.Module)]
+    caches = [kv_cache(model.config, network.dtype.itemsize) for model in models]
+    needs = DeviceNeeds.beside(caches, config.device)
     runtime = _build_runtime(parts, find_routers(network, modules), config, needs, clock)
     for layer, module in enumerate(modules):
         module.attach(layer, runtime)
@@ -218,18 +220,6 @@ def _capacity(memory: MemoryConfig, shape: ModelShape, device: torch.device, nee
     torch.cuda.empty_cache()  # what loading left unused is free for experts
     free, _ = torch.cuda.mem_get_info(device)
     return Capacity(host, device_slots(memory.accelerator_memory, shape, free, needs))
-
-
-def _device_needs(config: DeviceConfig, models: Sequence[Any], dtype: torch.dtype) -> DeviceNeeds:
-    """What target and drafter (``models``, those that are models) will yet take for a text of ordinary length."""
-    grown = 0.0
-    for model in models:
-        if isinstance(model, nn.Module):
-            settings: Any = model.config
-            longest = getattr(settings.get_text_config(), "max_position_embeddings", None) or config.context
-            tokens = min(config.context, longest)
-            grown += kv_bytes_per_token(settings, dtype.itemsize) * tokens * config.kv_growth
-    return DeviceNeeds(int(grown), config.graph_pool, config.reserve)
 
 
 @contextmanager

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from moespac import host_memory
+from moespac.config import DeviceConfig
 from moespac.errors import ConfigError
+from moespac.model.kv_size import KVCache
 from moespac.types import ModelShape
 
 log = logging.getLogger(__name__)
@@ -73,6 +76,12 @@ class DeviceNeeds:
     kv_cache: int  # target's and drafter's, for the context asked for, while they grow
     graphs: int
     reserve: int
+
+    @staticmethod
+    def beside(caches: Iterable[KVCache], config: DeviceConfig) -> DeviceNeeds:
+        """Of models with these KV caches, for a text of ordinary length."""
+        grown = sum(cache.nbytes(config.context) * config.kv_growth for cache in caches)
+        return DeviceNeeds(int(grown), config.graph_pool, config.reserve)
 
     @property
     def total(self) -> int:

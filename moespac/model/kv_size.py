@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Bytes that a token takes in all layers, and how many tokens the model was made for (None: not said)."""
+
+    token_bytes: int
+    longest: int | None
+
+    def nbytes(self, tokens: int) -> int:
+        """For a text of so many tokens, or as many of them as the model takes."""
+        return self.token_bytes * (tokens if self.longest is None else min(tokens, self.longest))
+
+
+def kv_cache(config: Any, element_bytes: int) -> KVCache:
+    """Of a model, from its ``config``."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return KVCache(kv_bytes_per_token(config, element_bytes), longest or None)
 
 
 def kv_bytes_per_token(config: Any, element_bytes: int) -> int:

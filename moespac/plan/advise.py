@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from moespac.config import MemoryConfig, PlanConfig
+from moespac.config import DeviceConfig, PlanConfig, SimulationConfig
+from moespac.experts.budget import DeviceNeeds
 from moespac.plan.model import PlannedModel
 from moespac.plan.predict import Case, Speed, predict, predict_speed
 from moespac.sim.hardware import HardwareProfile, find_profile
@@ -32,11 +33,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Budgets:
-    """Bytes for experts in each fast tier, and how many of them that holds."""
+    """Bytes for experts in each fast tier, how many of them that holds, and what lies beside them."""
 
     host: int
     accelerator: int
     capacity: Capacity
+    trunk: int  # bytes, on the accelerator where there is one
+    needs: DeviceNeeds | None  # of the accelerator's memory beyond the trunk
 
 
 @dataclass(frozen=True)
@@ -123,17 +126,23 @@ def make_plan(
 def _budgets(model: PlannedModel, machine: Machine, format: str, config: PlanConfig) -> Budgets | None:
     """What is left for experts beside the trunk; None when a tier that must hold one layer's cannot."""
     record, total = model.record_bytes[format], model.layers * model.experts
-    beside = _trunk_bytes(model, machine) + config.reserve_bytes
-    host, accelerator = machine.host_bytes, machine.accelerator_bytes
-    if machine.hardware.has_accelerator:
-        accelerator -= beside
-        host -= config.reserve_bytes
+    trunk, needs = _trunk_bytes(model, machine), _device_needs(model, machine)
+    host, accelerator = machine.host_bytes - config.reserve_bytes, 0
+    if needs is None:
+        host -= trunk
     else:
-        host -= beside
+        accelerator = machine.accelerator_bytes - trunk - needs.total
     slots = [min(max(nbytes, 0) // record, total) for nbytes in (host, accelerator)]
-    if slots[0] < model.top_k or (machine.hardware.has_accelerator and slots[1] < model.top_k):
+    if slots[0] < model.top_k or (needs is not None and slots[1] < model.top_k):
         return None
-    return Budgets(slots[0] * record, slots[1] * record, Capacity(*slots))
+    return Budgets(slots[0] * record, slots[1] * record, Capacity(*slots), trunk, needs)
+
+
+def _device_needs(model: PlannedModel, machine: Machine) -> DeviceNeeds | None:
+    """As the engine reckons them, without a draft model; None where there is no accelerator."""
+    if not machine.hardware.has_accelerator:
+        return None
+    return DeviceNeeds.beside([model.kv_cache], DeviceConfig())
 
 
 def _trunk_bytes(model: PlannedModel, machine: Machine) -> int:
@@ -141,12 +150,13 @@ def _trunk_bytes(model: PlannedModel, machine: Machine) -> int:
 
 
 def _why_not(model: PlannedModel, machine: Machine, config: PlanConfig) -> str:
-    where = "accelerator" if machine.hardware.has_accelerator else "host"
-    has = machine.accelerator_bytes if machine.hardware.has_accelerator else machine.host_bytes
-    smallest = min(model.record_bytes[format] for format in model.formats)
-    needed = _trunk_bytes(model, machine) + config.reserve_bytes + model.top_k * smallest
-    if has >= needed:
-        where, has, needed = "host", machine.host_bytes, config.reserve_bytes + model.top_k * smallest
+    experts = model.top_k * min(model.record_bytes[format] for format in model.formats)
+    needs, trunk = _device_needs(model, machine), _trunk_bytes(model, machine)
+    where, has, needed = "host", machine.host_bytes, config.reserve_bytes + experts
+    if needs is None:
+        needed += trunk
+    elif machine.accelerator_bytes < trunk + needs.total + experts:
+        where, has, needed = "accelerator", machine.accelerator_bytes, trunk + needs.total + experts
     return (
         f"does not fit: everything but the experts, and one token's of them, need {needed / 1e9:.2f} GB of "
         f"{where} memory, and {has / 1e9:.2f} GB are to be had"
@@ -236,5 +246,5 @@ def _changes(
 def _with_a_gpu(machine: Machine) -> Machine:
     gpu = find_profile(_A_GPU)
     fields = {name: value for name, value in vars(gpu).items() if name.startswith(("accelerator_", "link_"))}
-    memory = int(gpu.accelerator_memory * MemoryConfig.auto_share)
+    memory = int(gpu.accelerator_memory * SimulationConfig().host_share)
     return replace(machine, hardware=replace(machine.hardware, **fields), accelerator_bytes=memory)

@@ -73,4 +73,4 @@ def _free_of_accelerator(hardware: HardwareProfile) -> int:
     import torch
 
     free, _ = torch.cuda.mem_get_info()
-    return int(free * SimulationConfig().host_share)
+    return int(free)

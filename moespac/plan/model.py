@@ -16,6 +16,7 @@ from moespac.errors import CheckpointError, ModelError
 from moespac.experts.format import PACK_FORMATS, packed_layout
 from moespac.experts.manifest import is_pack, read_manifest
 from moespac.model.index import ExpertTensor
+from moespac.model.kv_size import KVCache, kv_cache
 from moespac.model.safetensors import read_checkpoint_headers
 from moespac.model.skeleton import Skeleton, build_skeleton
 from moespac.sim.shapes import SimModel
@@ -45,6 +46,7 @@ class PlannedModel:
     record_bytes: dict[str, int]  # of one expert, by format
     trunk_weights: int  # read for every token
     embedding_weights: int  # held beside them; one row a token is read
+    kv_cache: KVCache  # in 16 bits
 
     def to_sim_model(self, format: str, trunk_bytes: int) -> SimModel:
         """For the simulator; ``trunk_bytes`` a weight of the trunk, as it is computed."""
@@ -177,6 +179,7 @@ def _measure(name: str, skeleton: Skeleton, stored: str, stored_bytes: int | Non
         record_bytes={format: packed_layout(tensors, format).nbytes for format in PACK_FORMATS},
         trunk_weights=trunk - embedding.numel() if untied else trunk,
         embedding_weights=embedding.numel() if untied else 0,
+        kv_cache=kv_cache(skeleton.config, 2),
     )
 
 

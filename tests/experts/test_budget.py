@@ -9,10 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from moespac.config import DeviceConfig
-from moespac.engine.build import _device_needs
 from moespac.errors import ConfigError
 from moespac.experts.budget import DeviceNeeds, device_slots
-from moespac.model.kv_size import kv_bytes_per_token
+from moespac.model.kv_size import kv_bytes_per_token, kv_cache
 from moespac.model.lean import lean_trunk
 from moespac.types import ModelShape
 from tests.families import FAMILIES, UNUSUAL, build_model
@@ -50,14 +49,13 @@ def test_a_card_that_is_full(amount: str) -> None:
 
 
 def test_the_needs_follow_from_context_target_and_drafter() -> None:
-    target, drafter = build_model("qwen3_moe"), build_model("qwen3_moe")
+    cache = kv_cache(build_model("qwen3_moe").config, torch.bfloat16.itemsize)
     config = DeviceConfig(context=100)
-    one = _device_needs(config, [target, "lookup"], torch.bfloat16)
-    two = _device_needs(config, [target, drafter], torch.bfloat16)
+    one, two = DeviceNeeds.beside([cache], config), DeviceNeeds.beside([cache, cache], config)
     per_token = 3 * 2 * 2 * 8 * 2  # layers, keys and values, their heads, width, bytes
     assert one.kv_cache == per_token * 100 * config.kv_growth and two.kv_cache == 2 * one.kv_cache
     assert one.total == one.kv_cache + config.graph_pool + config.reserve
-    longer = _device_needs(DeviceConfig(context=5000), [target], torch.bfloat16)
+    longer = DeviceNeeds.beside([cache], DeviceConfig(context=5000))
     assert longer.kv_cache == per_token * 128 * config.kv_growth, "no more than the model's own context"
 
 

@@ -14,9 +14,10 @@ from typer.testing import CliRunner, Result
 import moespac
 from moespac import host_memory
 from moespac.cli import app
-from moespac.config import PlanConfig
+from moespac.config import DeviceConfig, PlanConfig
 from moespac.engine.build import DEMO
 from moespac.errors import ModelError
+from moespac.experts.budget import DeviceNeeds, device_slots
 from moespac.experts.pack import pack
 from moespac.plan import advise
 from moespac.plan.advise import Machine, make_plan
@@ -179,10 +180,21 @@ def test_a_plan_by_hand(qwen: PlannedModel) -> None:
     assert gain == pytest.approx(factors["twice the host memory"])
 
 
-def test_an_accelerator_holds_the_trunk(qwen: PlannedModel) -> None:
-    plan = make_plan(qwen, named_machine("rtx3060-12gb"), QUICK, format="int4")
-    assert plan.option is not None and plan.option.budgets.capacity.accelerator > 0
-    assert plan.tiers[0] == "accelerator memory"
+def test_an_accelerators_memory_by_hand(qwen: PlannedModel) -> None:
+    machine = named_machine("rtx3060-12gb")
+    plan = make_plan(qwen, machine, QUICK, format="int4")
+    assert plan.option is not None and plan.tiers[0] == "accelerator memory"
+    budgets, config = plan.option.budgets, DeviceConfig()
+    assert budgets.trunk == 2 * (qwen.trunk_weights + qwen.embedding_weights)
+    kv_cache = (
+        48 * 2 * 4 * 128 * 2 * 8192 * 1.5
+    )  # layers, keys and values, heads, width, bytes, tokens, growing
+    assert budgets.needs == DeviceNeeds(int(kv_cache), config.graph_pool, config.reserve)
+    free = machine.accelerator_bytes - budgets.trunk  # as the engine finds it
+    shape = qwen.to_sim_model("int4", 2).to_model_shape()
+    assert budgets.capacity.accelerator == device_slots("auto", shape, free, budgets.needs) > 0
+    full = replace(machine, accelerator_bytes=budgets.trunk + budgets.needs.total)
+    assert "GB of accelerator memory" in make_plan(qwen, full, QUICK, format="int4").verdict
 
 
 def test_what_does_not_fit_says_how_much_is_missing(qwen: PlannedModel) -> None:
@@ -198,6 +210,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(DEMO / "target", "--hardware", "rtx3060-12gb", "--format", "int4", "--json", file)
     assert result.exit_code == 0, result.output
     assert "tokens/s" in result.output and "--accelerator-memory 100%" in result.output
+    assert "for the trunk" in result.output and "for KV caches" in result.output
     plan = json.loads(file.read_text())
     assert plan["fits"] and plan["speed"]["low"] < plan["speed"]["high"]
     assert [each["format"] for each in plan["options"]] == ["int4"]
