@@ -61,7 +61,8 @@ class MoeSpacPolicy(Policy):
         expected = self._demand.expected(window)
         self._expect(expected.per_token, len(window.tokens))
         self._note_copies(residency)
-        if self._windows % self._config.balance.rebalance_windows == 0:
+        doubled = self._windows & (self._windows - 1) == 0  # since the last time: at first it learns fast
+        if doubled or self._windows % self._config.balance.rebalance_windows == 0:
             self._rebalance(expected.counts, residency)
         self._windows += 1
         self._planned = True
