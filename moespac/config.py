@@ -141,13 +141,14 @@ class BalanceConfig:
 
     exact_cells: int = 1_000_000  # layers x thresholds x slots solved exactly, in ~2 ms; beyond: greedy
     residency_windows: float = 4.0  # over which a transfer is spread: how long an expert stays, measured 3.7
-    rebalance_windows: int = 8  # between choices of thresholds: levels are inert, and a choice costs ~1 ms
+    rebalance_windows: int = (
+        32  # between choices of thresholds: levels are inert, and a choice costs 2 to 5 ms
+    )
     horizon_passes: float = 7.0  # over which an expert on the accelerator is credited with what it saves
     idle_price: float = (
         0.3  # of a copy's price, while tokens are drafted and the host is idle: a swap is a risk
     )
     pass_tokens_memory: float = 16.0  # passes over which the tokens of a pass are averaged
-    exact_splits: int = 256  # assignments enumerated at dispatch; beyond: prefixes; it runs in every layer
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ class CostConfig:
     storage_bandwidth: float = 1.5e9  # bytes/s, NVMe random reads of whole records
     samples: int = 9  # the median of this many latest measurements: up to four outliers do nothing
     buckets: int = 12  # token counts 1, 2, 4 .. 2048 that expert times are kept for
+    redraw: int = 256  # measurements, at most, before a curve follows: drawing it in every layer takes 50 us
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class NoStakes(MoeSpacPolicy):
     def place(self, layer: int, counts: NDArray[np.int64], residency: Residency) -> Placement:
         """The split looks at this layer's makespan only."""
         self._freshen(layer, counts)
-        return place_by_finish(layer, counts, residency, self.costs, self._config.balance)
+        return place_by_finish(layer, counts, residency, self.costs)
 
 
 class NoPrefetch(MoeSpacPolicy):

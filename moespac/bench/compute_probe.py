@@ -18,7 +18,7 @@ from moespac.engine.build import DEMO, load
 from moespac.engine.summary import Summary
 from moespac.experts.compute import ExpertMath
 from moespac.experts.format import packed_layout
-from moespac.experts.kernels import HostKernel
+from moespac.experts.kernels.host import HostKernel
 from moespac.model.index import ExpertTensor
 from moespac.sim.shapes import read_model
 

@@ -27,7 +27,7 @@ from moespac.bench.ggml import Ggml, GgmlExperts
 from moespac.config import KernelBenchConfig
 from moespac.errors import ConfigError
 from moespac.experts.format import FLOATS, packed_layout
-from moespac.experts.kernels import HostKernel
+from moespac.experts.kernels.host import HostKernel
 from moespac.experts.kernels.library import load_library
 from moespac.experts.movers import host_arena
 from moespac.model.index import ExpertTensor

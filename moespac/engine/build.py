@@ -24,7 +24,7 @@ from moespac.experts.calibrate import Workbench
 from moespac.experts.compute import ExpertMath
 from moespac.experts.devices import Computers
 from moespac.experts.grouped import GroupedExperts
-from moespac.experts.kernels import HostKernel
+from moespac.experts.kernels.host import HostKernel
 from moespac.experts.manifest import is_pack
 from moespac.experts.movers import LinkCopier, StorageReader, host_arena
 from moespac.experts.open_accelerator import open_accelerator

@@ -17,7 +17,7 @@ from torch import nn
 from moespac.experts.accelerator import Accelerator
 from moespac.experts.compute import ExpertMath
 from moespac.experts.grouped import GroupedExperts
-from moespac.experts.kernels import HostKernel
+from moespac.experts.kernels.host import HostKernel
 from moespac.experts.resident import JobKernels
 from moespac.schedule.ports import Ticket
 from moespac.timeline import expert_names

@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.config import BalanceConfig
-from moespac.policy.cost import CostModel
+from moespac.policy import native
+from moespac.policy.cost import CostModel, Seconds
 from moespac.policy.sensors import Rates
 from moespac.policy.utility import Levels
 from moespac.types import Grid
@@ -15,7 +16,8 @@ from moespac.types import Grid
 Thresholds = NDArray[np.int64]  # (layers,), 1..U+1
 Table = NDArray[np.float64]  # (layers, U+1): a column for each threshold
 
-_RATES = np.linspace(0, 1, 65)  # routings a token at which ``SavedSeconds`` is exact
+_STEPS = 64
+_RATES = np.arange(_STEPS + 1) / _STEPS  # routings a token at which ``SavedSeconds`` is exact
 
 
 def slots_needed(levels: Levels, highest: int) -> NDArray[np.int64]:
@@ -50,18 +52,47 @@ def host_costs(
 
 
 class SavedSeconds:
-    """Seconds that an expert takes off the host in a pass while the accelerator has it, by how often a token is
-    routed to it; a curve, since it is asked in every layer."""
+    """Seconds that an expert takes off the host in some passes while the accelerator has it, by how often a token
+    is routed to it; a curve, since it is asked in every layer."""
 
-    def __init__(self, tokens: float, costs: CostModel) -> None:
-        """In passes of ``tokens`` (1 or more)."""
+    def __init__(self, tokens: float, costs: CostModel, passes: float = 1.0) -> None:
+        """In ``passes`` of ``tokens`` (1 or more)."""
         active = 1 - (1 - _RATES) ** tokens
         each = np.maximum(_RATES * tokens / np.maximum(active, 1e-9), 1)
-        self._curve = active * np.maximum(costs.host_expert(each) - costs.accelerator_expert(each), 0)
+        saved = np.maximum(costs.host_expert(each) - costs.accelerator_expert(each), 0)
+        self.curve = passes * active * saved
+        self._rise = np.diff(self.curve)
 
     def __call__(self, rates: NDArray[np.floating]) -> NDArray[np.float64]:
         """For each of the ``rates``, 0 to 1."""
-        return np.interp(rates, _RATES, self._curve)
+        steps = rates * np.float64(_STEPS)
+        whole = np.minimum(steps.astype(np.int64), _STEPS - 1)
+        return self.curve[whole] + (steps - whole) * self._rise[whole]
+
+
+def freshen(
+    layer: int,
+    counts: NDArray[np.int64],
+    tokens: float,
+    step: float,
+    curve: SavedSeconds,
+    lasting: Rates,
+    saved: Seconds,
+) -> None:
+    """What the routing of ``layer`` has just shown: its experts' ``lasting`` rates move by ``step`` towards it, and
+    what they save follows; both (layers * experts,), in place. ``counts`` (experts,): how many of ``tokens`` went
+    to each."""
+    if not native.freshen(layer, counts, tokens, step, curve.curve, lasting, saved):
+        mine = slice(layer * len(counts), (layer + 1) * len(counts))
+        freshen_in_python(counts, tokens, step, curve, lasting[mine], saved[mine])
+
+
+def freshen_in_python(
+    counts: NDArray[np.int64], tokens: float, step: float, curve: SavedSeconds, lasting: Rates, saved: Seconds
+) -> None:
+    """Of one layer, all (experts,)."""
+    lasting += np.float32(step) * ((counts / tokens).astype(np.float32) - lasting)
+    saved[:] = curve(lasting)
 
 
 def choose_thresholds(

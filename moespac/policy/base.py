@@ -63,9 +63,10 @@ class Policy(ABC):
 
     def placement(self, layer: int, counts: Counts, residency: Residency) -> Placement:
         """``place``, unless nobody has to be asked: who runs a layer calls this one."""
-        active = np.flatnonzero(counts)
-        if self.lets_hits_pass and residency.host[layer, active].all():
-            return Placement(layer * self.shape.experts + active)
+        if self.lets_hits_pass:
+            active = np.flatnonzero(counts)
+            if residency.host[layer, active].all():
+                return Placement(layer * self.shape.experts + active)
         return self.place(layer, counts, residency)
 
     @abstractmethod

@@ -45,9 +45,12 @@ class Context:
 
     def features(self, *views: Rates) -> Features:
         """The views in the principal directions, and a constant. Roots of rates: their noise is even, too."""
-        roots = np.sqrt(np.stack(views)) / self._unit
-        with _one_thread():
-            return np.append(roots @ self._basis.T, np.float32(1))
+        return np.append(self._project(*views), np.float32(1))
+
+    def other_demand(self, features: Features, expected: Rates) -> Features:
+        """``features`` with another first view, what is expected; the other views being as they were."""
+        first = self._project(expected)
+        return np.concatenate([first, features[len(first) :]])
 
     def correct(self, expected: Rates, features: Features) -> Rates:
         """``expected`` with what the product of sensors misses; a tenth of it at least: that keeps their order."""
@@ -76,6 +79,11 @@ class Context:
         self._basis, self._spread = state["basis"], state["spread"]
         self._gram, self._moments = state["gram"], state["moments"]
         self._solve()
+
+    def _project(self, *views: Rates) -> Features:
+        roots = np.sqrt(np.stack(views)) / self._unit
+        with _one_thread():
+            return np.ravel(roots @ self._basis.T).astype(np.float32, copy=False)
 
     def _scale(self, expected: Rates) -> Rates:
         return np.sqrt(expected + np.float32(self._config.floor))

@@ -15,7 +15,7 @@ def worth_copying(worth: Seconds, residency: Residency, price: float) -> Ids:
     ``worth`` (layers * experts,) is what each saves while it is there, seconds.
     """
     present = (residency.accelerator | residency.arriving_accelerator).ravel()
-    free = max(residency.capacity.accelerator - int(np.count_nonzero(present)), 0)
+    free = free_slots(residency)
     victims = np.sort(worth[residency.accelerator.ravel()])
     candidates = residency.host.ravel() & ~present
     if not free:
@@ -27,3 +27,9 @@ def worth_copying(worth: Seconds, residency: Residency, price: float) -> Ids:
     replacing = ids[free : free + len(victims)]
     pays = worth[replacing] > victims[: len(replacing)] + price
     return ids[: min(free, len(ids)) + int(np.argmin(np.append(pays, False)))]
+
+
+def free_slots(residency: Residency) -> int:
+    """Of the accelerator: neither taken nor being filled."""
+    used = np.count_nonzero(residency.accelerator) + np.count_nonzero(residency.arriving_accelerator)
+    return max(residency.capacity.accelerator - int(used), 0)

@@ -35,20 +35,18 @@ class _Median:
         self._latest: deque[float] = deque(maxlen=samples)
         self.value: float | None = None
 
-    def observe(self, seconds: float) -> bool:
-        """True when the median has changed."""
-        before = self.value
+    def observe(self, seconds: float) -> None:
         self._latest.append(seconds)
         self.value = sorted(self._latest)[(len(self._latest) - 1) // 2]
-        return self.value != before
 
 
 class _Curve:
     """Seconds as a function of tokens: at powers of two, measured or prior; linear between and beyond them.
 
     A bucket without a measurement takes the prior scaled like its nearest measured neighbour. More tokens are
-    never cheaper. Measurements come once an expert and questions once a layer, so the curve is drawn anew only
-    when it is asked after a measurement, and read from a table for windows of ordinary size.
+    never cheaper. Measurements come once an expert and questions once a layer, so the curve is drawn anew when half
+    as many have come as it was drawn from, at most ``config.redraw``, and read from a table for windows of ordinary
+    size.
     """
 
     def __init__(self, first: float, further: float, config: CostConfig) -> None:
@@ -57,7 +55,9 @@ class _Curve:
         self._nodes = 2.0 ** np.arange(config.buckets)
         self._shape = self._prior = first + further * (self._nodes - 1)
         self._measured = [_Median(config.samples) for _ in self._nodes]
-        self._stale = True
+        self._redraw = config.redraw
+        self._seen = 0  # measurements
+        self._draw()
 
     def start_from(self, measured: Mapping[int, float]) -> None:
         """The prior goes through these, and keeps its shape between and beyond them."""
@@ -65,21 +65,26 @@ class _Curve:
         ratios = np.array([measured[int(n)] for n in tokens]) / (self._first + self._further * (tokens - 1))
         prior = self._shape * np.interp(np.log2(self._nodes), np.log2(tokens), ratios)
         self._prior = np.maximum.accumulate(prior)
-        self._stale = True
+        self._draw()
 
     def observe(self, tokens: int, seconds: float) -> None:
         """``seconds`` is scaled, in the prior's proportion, from ``tokens`` to the nearest power of two."""
         bucket = min(round(math.log2(tokens)), len(self._nodes) - 1)
         here = self._first + self._further * (tokens - 1)
-        if self._measured[bucket].observe(seconds * float(self._shape[bucket]) / here):
-            self._stale = True
+        self._measured[bucket].observe(seconds * float(self._shape[bucket]) / here)
+        self._seen += 1
 
     def __call__(self, tokens: NDArray) -> Seconds:
-        if self._stale:
-            self._draw()
+        table = self.table()
         if tokens.dtype.kind == "i" and tokens.size and tokens.max() < _TABLE:
-            return self._table[tokens]
+            return table[tokens]
         return np.interp(tokens, self._x, self._y)
+
+    def table(self) -> Seconds:
+        """(64,) the seconds of 0, 1 ... tokens."""
+        if self._seen - self._drawn >= max(1, min(self._drawn // 2, self._redraw)):
+            self._draw()
+        return self._table
 
     def _draw(self) -> None:
         """Through the nodes, and on along the last piece."""
@@ -93,7 +98,7 @@ class _Curve:
         self._x = np.append(self._nodes, _FAR)
         self._y = np.append(seconds, seconds[-1] + slope * (_FAR - self._nodes[-1]))
         self._table = np.interp(np.arange(_TABLE), self._x, self._y)
-        self._stale = False
+        self._drawn = self._seen
 
 
 class CostModel:
@@ -127,6 +132,10 @@ class CostModel:
     def accelerator_expert(self, tokens: NDArray) -> Seconds:
         """The same on the accelerator, its weights being there."""
         return self._accelerator(tokens)
+
+    def tables(self) -> tuple[Seconds, Seconds]:
+        """(64,) of ``host_expert`` and of ``accelerator_expert``, by tokens: for who asks in every layer."""
+        return self._host.table(), self._accelerator.table()
 
     @property
     def link(self) -> float:

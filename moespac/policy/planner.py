@@ -16,6 +16,7 @@ from moespac.policy.balance import (
     SavedSeconds,
     accelerator_costs,
     choose_thresholds,
+    freshen,
     host_costs,
     slots_needed,
 )
@@ -23,7 +24,7 @@ from moespac.policy.base import Policy, TierName
 from moespac.policy.copies import worth_copying
 from moespac.policy.cost import CostModel
 from moespac.policy.sensors import DemandSensor, Rates
-from moespac.policy.split import place_by_finish
+from moespac.policy.split import Stakes, place_by_finish
 from moespac.policy.utility import UtilityEstimator
 from moespac.types import Capacity, Grid, Ids, ModelShape, Observation, Placement, Plan, Residency, Window
 
@@ -46,7 +47,12 @@ class MoeSpacPolicy(Policy):
         self._planned = False
         self._thresholds: dict[TierName, NDArray[np.int64]] = {}
         self._worth_in_host = np.ones(shape.total)
+        self._given_up = np.zeros(0)  # what the accelerator's experts save, the least first
+        ahead = np.repeat(np.arange(2 * shape.layers) / shape.layers, shape.experts)
+        self._clock = config.utility.pass_discount**ahead  # (2 * layers * experts,) this pass, then the next
         self._pass_tokens = 1.0  # running mean of the tokens that a pass runs
+        self._running = 1.0  # tokens of the pass that runs ...
+        self._step = self._demand.lasting_step(1.0)  # ... and how far they move what lasts
         self._drafts_ahead = False  # whether the next pass is likely to be drafted first
         self._expect(self._demand.rate(), 1)
 
@@ -55,7 +61,8 @@ class MoeSpacPolicy(Policy):
         expected = self._demand.expected(window)
         self._expect(expected.per_token, len(window.tokens))
         self._note_copies(residency)
-        if self._windows % self._config.balance.rebalance_windows == 0:
+        doubled = self._windows & (self._windows - 1) == 0  # since the last time: at first it learns fast
+        if doubled or self._windows % self._config.balance.rebalance_windows == 0:
             self._rebalance(expected.counts, residency)
         self._windows += 1
         self._planned = True
@@ -70,14 +77,14 @@ class MoeSpacPolicy(Policy):
         """Split the active experts so that both devices finish early; fetches overlap computing."""
         if layer == 0:
             self._note_copies(residency)  # once a pass is enough: few change within it
-        worth = None
-        if self.capacity.accelerator:
-            self._freshen(layer, counts)
-            worth = self._saved(ran=layer + 1)
-        return place_by_finish(layer, counts, residency, self.costs, self._config.balance, worth)
+        if not self.capacity.accelerator:
+            return place_by_finish(layer, counts, residency, self.costs)
+        self._freshen(layer, counts)
+        stakes = Stakes(self._saved_after, self._given_up)
+        return place_by_finish(layer, counts, residency, self.costs, stakes)
 
     def retention(self, tier: TierName, layer: int) -> Order:
-        """Utility discounted by how far ahead the next use is: layer order is a clock.
+        """Utility discounted by how far ahead the next use is, from the pass's begin: layer order is a clock.
 
         Layers still to come in this pass are valued by its tokens, those that have run by what a next window
         may bring. The layer that runs is frozen. On the accelerator the value is in seconds saved, and what the
@@ -85,17 +92,12 @@ class MoeSpacPolicy(Policy):
         """
         if tier == "accelerator" and self.capacity.accelerator:
             return self._saved(ran=layer + 1)
-        layers, experts = self.shape.layers, self.shape.experts
-        runs, to_come = layer * experts, (layer + 1) * experts
-        ahead = np.arange(layers) - layer
-        ahead[: max(layer, 0)] += layers
-        clock = self._config.utility.pass_discount ** (ahead / layers)
+        runs, to_come = layer * self.shape.experts, (layer + 1) * self.shape.experts
         value = np.concatenate([self._later[:to_come], self._now[to_come:]])
-        value *= np.repeat(clock, experts)
         if tier == "host" and self.capacity.accelerator:
             value *= self._worth_in_host
         if layer >= 0:
-            value[runs:to_come] = value.max() + 1
+            value[runs:to_come] = self._beyond
         return value
 
     def observe(self, observation: Observation) -> None:
@@ -128,27 +130,27 @@ class MoeSpacPolicy(Policy):
         """``demand``: routings per window token to expect in the pass to come, of so many tokens."""
         self._utility.observe(demand)
         rate = self._demand.rate()
-        self._now = self._utility.order(demand)
-        self._later = self._utility.order(rate)
+        total = self.shape.total
+        self._now = self._clock[:total] * self._utility.order(demand)
+        self._later = self._clock[total:] * self._utility.order(rate)
+        self._beyond = max(float(self._now.max()), float(self._later.max())) + 1
         if self.capacity.accelerator:
             lasting = self._lasting = self._demand.lasting()
             unknown = max(self._pass_tokens - tokens, 0.0) if self._drafts_ahead else 0.0
             coming = (tokens * demand + unknown * lasting) / (tokens + unknown)
-            self._saved_by_rate = SavedSeconds(self._pass_tokens, self.costs)
-            later = self._saved_by_rate(lasting)
             passes = self._config.balance.horizon_passes
-            self._saved_after = passes * later  # from the next pass on
+            self._saved_by_rate = SavedSeconds(self._pass_tokens, self.costs, passes)
+            self._saved_after = self._saved_by_rate(lasting)  # from the next pass on
             now = SavedSeconds(tokens + unknown, self.costs)(coming)
-            self._saved_with_now = self._saved_after - later + now
+            self._saved_with_now = self._saved_after * (1 - 1 / passes) + now
 
     def _freshen(self, layer: int, counts: NDArray[np.int64]) -> None:
         """What the layer's routing has just shown, for what it leaves on the accelerator."""
-        tokens = max(int(counts.sum()) / self.shape.top_k, 1.0)
-        mine = slice(layer * self.shape.experts, (layer + 1) * self.shape.experts)
-        seen = (counts / tokens).astype(np.float32)
-        lasting = self._lasting[mine]
-        lasting += np.float32(self._demand.lasting_step(tokens)) * (seen - lasting)
-        self._saved_after[mine] = self._config.balance.horizon_passes * self._saved_by_rate(lasting)
+        if layer == 0:  # all layers run the same tokens
+            self._running = max(int(counts.sum()) / self.shape.top_k, 1.0)
+            self._step = self._demand.lasting_step(self._running)
+        curve = self._saved_by_rate
+        freshen(layer, counts, self._running, self._step, curve, self._lasting, self._saved_after)
 
     def _saved(self, ran: int) -> NDArray[np.float64]:
         """(layers * experts,) seconds that each expert on the accelerator saves while it stays there, as far as
@@ -166,8 +168,10 @@ class MoeSpacPolicy(Policy):
         return ids[(np.arange(len(ids)) < free) | held.ravel()[ids]]
 
     def _note_copies(self, residency: Residency) -> None:
-        on_accelerator = residency.accelerator.ravel()
-        self._worth_in_host = np.where(on_accelerator, self._config.utility.copy_worth, 1.0)
+        if self.capacity.accelerator:
+            there = residency.accelerator.ravel()
+            self._worth_in_host = np.where(there, self._config.utility.copy_worth, 1.0)
+            self._given_up = np.sort(self._saved_after[there])
 
     def _rebalance(self, expected: Rates, residency: Residency) -> None:
         levels, highest = self._utility.levels, self._config.utility.levels

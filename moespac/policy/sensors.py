@@ -33,6 +33,14 @@ class Expectation(NamedTuple):
         return self.counts / np.float32(self.tokens)
 
 
+class Foreseen(NamedTuple):
+    """The window that was expected last."""
+
+    tokens: Ids
+    chances: Chances  # of its tokens
+    features: Features  # of the context, which learns only once the window has run
+
+
 class Acceptance:
     """The running probability that the token at each window position is accepted."""
 
@@ -83,7 +91,7 @@ class DemandSensor:
         self.pairs = PairMemory(shape, config)
         self.context = Context(shape, views=4, config=config.context)
         self._config = config
-        self._foreseen: tuple[Ids, Chances] | None = None  # the window expected last, and its tokens' demand
+        self._foreseen: Foreseen | None = None
         self.restart(np.full(shape.total, shape.top_k / shape.experts, np.float32), config.rate_prior)
 
     def restart(self, rate: Rates, tokens: float) -> None:
@@ -121,10 +129,12 @@ class DemandSensor:
         weights = self.acceptance.weights(window)[-self._config.plan_tokens :]
         tokens = window.tokens[-self._config.plan_tokens :]
         chances = self._chances(tokens)
-        self._foreseen = tokens, chances
         total = weights.sum()
         product = weights @ chances / total
-        per_token = self._to_top_k(self.context.correct(product, self._features(product)))
+        views = product, self._last.rate, self._fast.rate, self._slow.rate
+        features = self.context.features(*views)
+        self._foreseen = Foreseen(tokens, chances, features)
+        per_token = self._to_top_k(self.context.correct(product, features))
         return Expectation(per_token * total, float(total))
 
     def observe(self, observation: Observation) -> None:
@@ -154,17 +164,15 @@ class DemandSensor:
             np.minimum(by_layer, 1, out=by_layer)
         return rates
 
-    def _features(self, product: Rates) -> Features:
-        return self.context.features(product, self._last.rate, self._fast.rate, self._slow.rate)
-
     def _compare(self, tokens: Ids, routed: Ids) -> None:
         """Show the context what was expected of the window that has run, and what came."""
         foreseen, self._foreseen = self._foreseen, None
-        if foreseen is None or not np.array_equal(foreseen[0], tokens):
+        if foreseen is None or not np.array_equal(foreseen.tokens, tokens):
             return  # nobody planned this pass, or it is a long prefill
-        product = foreseen[1][: len(routed)].mean(axis=0)
+        product = foreseen.chances[: len(routed)].mean(axis=0)
         true = _tally(routed, self.shape.total) / np.float32(len(routed))
-        self.context.learn(self._features(product), product, true, len(routed))
+        features = self.context.other_demand(foreseen.features, product)
+        self.context.learn(features, product, true, len(routed))
 
     def _learn(self, tokens: Ids, routed: Ids) -> None:
         distinct, row, times = np.unique(tokens, return_inverse=True, return_counts=True)

@@ -81,7 +81,8 @@ class TokenTable:
 
     @staticmethod
     def _average(means: NDArray[np.float16], rows: Ids, sample: NDArray, step: NDArray) -> None:
-        means[rows] += np.minimum(step, 1).astype(np.float32)[:, None] * (sample - means[rows])
+        mean = means[rows].astype(np.float32)  # once: half precision is converted slowly
+        means[rows] = mean + np.minimum(step, 1).astype(np.float32)[:, None] * (sample - mean)
 
     def _claim(self, token: int) -> int:
         """The row of ``token``: its own, a free one, or the least seen (of those, the longest unseen)."""

@@ -22,7 +22,8 @@ from torch import nn
 from moespac.errors import ConfigError
 from moespac.experts.compute import ExpertMath
 from moespac.experts.format import FLOATS, Block, RecordLayout, align, packed_layout, stored_layout
-from moespac.experts.kernels import HostKernel, host
+from moespac.experts.kernels import host
+from moespac.experts.kernels.host import HostKernel
 from moespac.experts.kernels.library import VARIABLE, load_library
 from moespac.model.index import ExpertTensor
 

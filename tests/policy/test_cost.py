@@ -91,3 +91,19 @@ def test_measured_costs_never_fall_with_tokens() -> None:
     costs.start_from(MeasuredCosts({1: 5e-3, 4: 1e-3, 16: 2e-3}, {1: 1e-3, 4: 1e-5}, 1e-4, 1e-3))
     for curve in (costs.host_expert, costs.accelerator_expert):
         assert (np.diff(curve(np.arange(1, 600))) >= 0).all()
+
+
+def test_a_curve_follows_many_measurements_at_a_time() -> None:
+    costs = CostModel(CostConfig(samples=1, redraw=8), MEGABYTE)
+
+    def later(measurements: int, seconds: float) -> float:
+        for _ in range(measurements):
+            costs.observe_host(1, seconds)
+        return round(float(costs.host_expert(np.array([1]))[0]), 6)
+
+    assert [later(1, 1.0), later(1, 2.0), later(1, 3.0)] == [1.0, 2.0, 3.0], "at first at once"
+    for _ in range(50):
+        later(1, 4.0)
+    waited = next(n for n in range(1, 20) if later(1, 5.0) == 5.0)
+    assert 1 < waited <= 8
+    assert [later(7, 6.0), later(1, 6.0)] == [5.0, 6.0]

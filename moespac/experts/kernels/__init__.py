@@ -1,5 +1,1 @@
-"""Native kernels: experts computed on the host without torch."""
-
-from moespac.experts.kernels.host import HostKernel
-
-__all__ = ["HostKernel"]
+"""Native kernels: experts computed on the host without torch. Whoever decides loads them without torch, too."""

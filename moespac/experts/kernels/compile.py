@@ -36,7 +36,7 @@ _VARIANTS: dict[str, dict[str, list[str]]] = {
 }
 
 
-_ONCE = ("api", "decoder", "pass", "pool")
+_ONCE = ("api", "decoder", "pass", "place", "pool")
 _FOR_EACH = ("expert", "attention")  # sources compiled for each instruction set
 
 

@@ -123,6 +123,11 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_decoder_new": (_POINTER, [_POINTER, ctypes.c_int, ctypes.c_char_p]),
     "moespac_decoder_free": (None, [_POINTER]),
     "moespac_join": (None, [_POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER]),
+    "moespac_place": (_INT64, [_POINTER]),
+    "moespac_freshen": (
+        None,
+        [_POINTER, _INT64, ctypes.c_double, ctypes.c_float, _POINTER, _INT64, _POINTER, _POINTER],
+    ),
     "moespac_pass": (ctypes.c_int, [_POINTER, _POINTER, _POINTER, _INT64]),
 }
 

@@ -13,7 +13,7 @@ from moespac.policy.base import Counts, Policy, Sensor, TierName
 from moespac.policy.baselines.order import Values
 from moespac.policy.copies import worth_copying
 from moespac.policy.cost import CostModel, Seconds
-from moespac.policy.split import place_by_finish
+from moespac.policy.split import Stakes, place_by_finish
 from moespac.types import Capacity, Ids, ModelShape, Observation, Placement, Plan, Residency, Window
 
 _NEVER = 2**30  # the number of a pass that does not come
@@ -69,8 +69,13 @@ class BeladyPolicy(Policy):
 
     def place(self, layer: int, counts: Counts, residency: Residency) -> Placement:
         prefetch = Plan(self._soonest(layer, residency, listed=self._config.baselines.prefetch_list))
-        worth = self._saved(layer) if self.capacity.accelerator else None
-        placement = place_by_finish(layer, counts, residency, self.costs, self._config.balance, worth)
+        stakes = None
+        if self.capacity.accelerator:
+            worth = self._saved(layer)
+            idle = residency.accelerator.copy()
+            idle[layer] &= counts == 0  # nothing is taken from the layer that runs
+            stakes = Stakes(worth, np.sort(worth[idle.ravel()]))
+        placement = place_by_finish(layer, counts, residency, self.costs, stakes)
         return replace(placement, prefetch=prefetch)
 
     def retention(self, tier: TierName, layer: int) -> Values:
