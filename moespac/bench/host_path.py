@@ -1,6 +1,6 @@
 """What the host spends on a layer while a device computes: microseconds of Python, with everything else taken out.
 
-`python -m moespac.bench.host_path` makes a model of Qwen3-30B-A3B's layers and experts, all of them tiny, and
+`moespac bench host-path` makes a model of Qwen3-30B-A3B's layers and experts, all of them tiny, and
 decodes windows of it through recordings that do nothing when launched. What is left is the host's own path from a
 router's choice to the next launch. A real launch, copy and event cost microseconds more, which only a GPU can tell.
 CPU time of this thread, so that a busy machine does not count, and neither do waits.
@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import thread_time
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moespac.config import GraphConfig
@@ -58,6 +56,13 @@ class HostTime:
     decide: float  # of the policy: who computes what
     dispatch: float  # to both devices, and the join; not the host's own share of the experts
 
+    @property
+    def total(self) -> float:
+        return self.trunk + self.decide + self.dispatch
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self) | {"total": self.total}
+
 
 def measure(
     windows: Sequence[int] = (1, 5, 17), accelerator: str = "17%", passes: int = 20
@@ -78,15 +83,6 @@ def measure(
             alone = [_median(None, trunk, clock, tokens, passes) for tokens in windows]
     pairs = zip(alone, whole, strict=True)
     return [HostTime(trunk, decide, max(0.0, both - decide - trunk)) for (trunk, _), (both, decide) in pairs]
-
-
-def table(windows: Sequence[int] = (1, 5, 17)) -> None:
-    """Print ``measure`` for plain decoding and for windows."""
-    columns = measure(windows)
-    shown = Table("us per layer", *(f"{n} tokens" for n in windows), title="Host time of a layer")
-    for part in ("trunk", "decide", "dispatch"):
-        shown.add_row(part, *(f"{getattr(column, part):.0f}" for column in columns))
-    Console().print(shown)
 
 
 def _trunk(engine: Engine, clock: PassClock) -> GraphedTrunk:
@@ -132,7 +128,3 @@ def _model() -> Qwen3MoeForCausalLM:
         norm_topk_prob=True,
     )
     return Qwen3MoeForCausalLM(config)
-
-
-if __name__ == "__main__":
-    table()

@@ -8,6 +8,7 @@ from moespac.cli import (
     bench_ablation,
     bench_decode,
     bench_gpu,
+    bench_host_path,
     bench_kernels,
     bench_paper,
     bench_plan,
@@ -26,6 +27,7 @@ app.command()(bench_decode.decode)
 app.command()(bench_gpu.gpu)
 app.command()(bench_plan.plan)
 app.command()(bench_soak.soak)
+app.command()(bench_host_path.host_path)
 
 
 @app.callback()
