@@ -35,10 +35,10 @@ class _Median:
         self._latest: deque[float] = deque(maxlen=samples)
         self.value: float | None = None
 
-    def observe(self, seconds: float) -> bool:
+    def observe(self, *seconds: float) -> bool:
         """True when the median has changed."""
         before = self.value
-        self._latest.append(seconds)
+        self._latest.extend(seconds)
         self.value = sorted(self._latest)[(len(self._latest) - 1) // 2]
         return self.value != before
 
@@ -73,6 +73,19 @@ class _Curve:
         here = self._first + self._further * (tokens - 1)
         if self._measured[bucket].observe(seconds * float(self._shape[bucket]) / here):
             self._stale = True
+
+    def observe_all(self, tokens: NDArray[np.int64], seconds: Seconds) -> None:
+        """``observe`` for several, in this order."""
+        here = self._first + self._further * (tokens - 1)
+        buckets = np.minimum(np.rint(np.log2(tokens)).astype(np.int64), len(self._nodes) - 1)
+        scaled: dict[int, list[float]] = {}
+        for bucket, sample in zip(
+            buckets.tolist(), (seconds * self._shape[buckets] / here).tolist(), strict=True
+        ):
+            scaled.setdefault(bucket, []).append(sample)
+        for bucket, samples in scaled.items():
+            if self._measured[bucket].observe(*samples):
+                self._stale = True
 
     def __call__(self, tokens: NDArray) -> Seconds:
         if self._stale:
@@ -154,7 +167,15 @@ class CostModel:
 
     def observe_host_beside_copy(self, tokens: int, seconds: float) -> None:
         """The same, records being copied all the while."""
-        self._beside_copy.observe(seconds / float(self._host(np.array([tokens]))[0]))
+        self.observe_host_experts_beside_copy(np.array([tokens]), np.array([seconds]))
+
+    def observe_host_experts(self, tokens: NDArray[np.int64], seconds: Seconds) -> None:
+        """``observe_host`` for each of several experts."""
+        self._host.observe_all(tokens, seconds)
+
+    def observe_host_experts_beside_copy(self, tokens: NDArray[np.int64], seconds: Seconds) -> None:
+        """``observe_host_beside_copy`` for each of several experts."""
+        self._beside_copy.observe(*(seconds / self._host(tokens)).tolist())
 
     def observe_accelerator(self, tokens: int, seconds: float) -> None:
         """One expert took ``seconds`` for ``tokens`` on the accelerator."""
