@@ -88,7 +88,9 @@ class LayerTensors:
         self._groups = groups
         self._first_id = first_id
         self._x = x
-        self._x_host = x.to("cpu", torch.float32) if computers.kernel else x.to("cpu")
+        self._x_host = x
+        if x.device.type != "cpu" or (computers.kernel and x.dtype != torch.float32):
+            self._x_host = x.to("cpu", torch.float32 if computers.kernel else x.dtype)
         self._now = now
         self._on_host = np.zeros(len(groups.counts), dtype=bool)  # experts that the host has computed
         # On another device than the host, its experts' rows are gathered there and brought over once.
@@ -110,7 +112,8 @@ class LayerTensors:
                 self._rows, weights, self._x, self._groups.rows_of(self._on_host), self._groups.nowhere
             )
         if kernel is not None and not self._apart:
-            return kernel.join(self._out, weights.float().contiguous(), top_k).to(self._x.dtype)
+            joined = kernel.join(self._out, weights.float().contiguous(), top_k)
+            return joined if joined.dtype == self._x.dtype else joined.to(self._x.dtype)
         rows = self._gathered().view(-1, top_k, self._x.shape[1])
         return (rows * weights.unsqueeze(-1)).sum(dim=1).to(self._x.dtype)
 
@@ -131,7 +134,7 @@ class LayerTensors:
         else:
             seconds = self._compute_in_kernel(self._computers.kernel, local, slots)
         # On several threads at once, an expert costs the layer its share of the time that all took.
-        return seconds * ((self._now() - start) / max(float(seconds.sum()), 1e-9))
+        return seconds * ((self._now() - start) / max(sum(seconds.tolist()), 1e-9))
 
     def compute_on_accelerator(
         self, experts: NDArray[np.int64], slots: NDArray[np.int64], name: str

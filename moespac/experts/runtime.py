@@ -284,9 +284,9 @@ class ExpertRuntime:
     def _count_hits(self, host: NDArray[np.int64], accelerator: NDArray[np.int64]) -> None:
         if self._prefills:
             return
-        self.stats.host.count(int(np.count_nonzero(self.memory.host.ready[host])), host.size)
+        self.stats.host.count(self.memory.host.ready[host].tolist().count(True), host.size)
         if self.memory.accelerator is not None:
-            hits = int(np.count_nonzero(self.memory.accelerator.ready[accelerator]))
+            hits = self.memory.accelerator.ready[accelerator].tolist().count(True)
             self.stats.accelerator.count(hits, accelerator.size)
 
     def _retention(self, layer: int) -> Retention:

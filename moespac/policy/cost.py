@@ -57,6 +57,7 @@ class _Curve:
         self._nodes = 2.0 ** np.arange(config.buckets)
         self._shape = self._prior = first + further * (self._nodes - 1)
         self._measured = [_Median(config.samples) for _ in self._nodes]
+        self._scales: dict[int, tuple[int, float, float]] = {}  # by tokens, as they come
         self._stale = True
 
     def start_from(self, measured: Mapping[int, float]) -> None:
@@ -69,23 +70,26 @@ class _Curve:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """``seconds`` is scaled, in the prior's proportion, from ``tokens`` to the nearest power of two."""
-        bucket = min(round(math.log2(tokens)), len(self._nodes) - 1)
-        here = self._first + self._further * (tokens - 1)
-        if self._measured[bucket].observe(seconds * float(self._shape[bucket]) / here):
+        bucket, there, here = self._scales.get(tokens) or self._scale(tokens)
+        if self._measured[bucket].observe(seconds * there / here):
             self._stale = True
 
     def observe_all(self, tokens: NDArray[np.int64], seconds: Seconds) -> None:
         """``observe`` for several, in this order."""
-        here = self._first + self._further * (tokens - 1)
-        buckets = np.minimum(np.rint(np.log2(tokens)).astype(np.int64), len(self._nodes) - 1)
-        scaled: dict[int, list[float]] = {}
-        for bucket, sample in zip(
-            buckets.tolist(), (seconds * self._shape[buckets] / here).tolist(), strict=True
-        ):
-            scaled.setdefault(bucket, []).append(sample)
-        for bucket, samples in scaled.items():
-            if self._measured[bucket].observe(*samples):
+        samples: dict[int, list[float]] = {}
+        for count, spent in zip(tokens.tolist(), seconds.tolist(), strict=True):
+            bucket, there, here = self._scales.get(count) or self._scale(count)
+            samples.setdefault(bucket, []).append(spent * there / here)
+        for bucket, scaled in samples.items():
+            if self._measured[bucket].observe(*scaled):
                 self._stale = True
+
+    def _scale(self, tokens: int) -> tuple[int, float, float]:
+        """The nearest power of two's place, and the prior's seconds there and at ``tokens``."""
+        bucket = min(round(math.log2(tokens)), len(self._nodes) - 1)
+        here = self._first + self._further * (tokens - 1)
+        self._scales[tokens] = scale = (bucket, float(self._shape[bucket]), here)
+        return scale
 
     def __call__(self, tokens: NDArray) -> Seconds:
         if self._stale:

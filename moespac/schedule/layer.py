@@ -33,12 +33,14 @@ class Side:
 
     def sort_out(self) -> None:
         """What is resident already is pinned, so that fetching the rest cannot evict it."""
+        if not self.needed.size:
+            return
         there = self.tier.ready[self.needed]
-        resident = self.needed[there]
+        resident = self.needed
+        if False in there.tolist():
+            resident, self.missing = self.needed[there], self.needed[~there].tolist()
         self.tier.pin_all(resident)
         self.ready = resident.tolist()
-        if len(resident) < len(self.needed):
-            self.missing = self.needed[~there].tolist()
 
     def arrived(self, expert: int) -> None:
         if expert in self.flying:
@@ -157,8 +159,8 @@ class LayerRun:
                     self._memory.bell.wait_beyond(seen)
             else:
                 break
-        self._finish_jobs()
-        self._clock.add("wait_for_accelerator", 0.0)  # a cause in every account, waited for or not
+        with self._clock.measure("wait_for_accelerator"):
+            self._finish_jobs()
         if self._job_error is not None:
             raise self._job_error
 
@@ -217,8 +219,7 @@ class LayerRun:
             seen = self._memory.bell.count()
             self._reap_jobs()
             if self._jobs:
-                with self._clock.measure("wait_for_accelerator"):
-                    self._memory.bell.wait_beyond(seen)
+                self._memory.bell.wait_beyond(seen)
 
     def _tokens(self, experts: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._counts[experts - self._first_id]

@@ -112,15 +112,14 @@ class Tier:
 
     def pin_all(self, experts: NDArray[np.int64]) -> None:
         """``pin`` for several at once, all different."""
-        slots = self._slot_of[experts]
-        assert np.count_nonzero(self._state[slots] == READY) == slots.size
-        self._pins[slots] += 1
+        assert False not in self.ready[experts].tolist()
+        self._pins[self._slot_of[experts]] += 1
 
     def release_all(self, experts: NDArray[np.int64]) -> None:
         """``release`` for several at once, all different."""
         slots = self._slot_of[experts]
         pins = self._pins[slots]
-        assert np.count_nonzero(pins > 0) == slots.size
+        assert 0 not in pins.tolist()
         self._pins[slots] = pins - 1
 
     def shrink(self, slots: int, retention: NDArray[np.float64]) -> list[Move]:
