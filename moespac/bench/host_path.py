@@ -41,6 +41,12 @@ class _Hollow(InProcess):
         return lambda: None
 
 
+class _Launched:
+    """``schedule.ports.Ticket`` of a job that a device had done before the host asked."""
+
+    done, error, seconds = True, None, 1e-6
+
+
 class _Echo:
     """A runtime whose experts cost nothing."""
 
@@ -75,6 +81,9 @@ def measure(
             clock = engine.runtime.clock
             clock.now = thread_time
             trunk = _trunk(engine, clock)
+            memory: Any = engine.runtime.memory
+            # A device that is fast, so that the policy sends it what lies there.
+            memory.link._accelerator.compute = lambda name, job: _Launched()
             whole = [_median(engine, trunk, clock, tokens, passes) for tokens in windows]
             for module in engine.model.modules():
                 if isinstance(module, OffloadedExperts):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moespac.config import CalibrationConfig
 from moespac.experts.devices import Computers, Groups, LayerTensors
@@ -82,16 +83,16 @@ class Workbench:
         for batch in _batches(experts, self.store.shape.top_k):
             tensors = self._layer(batch, tokens)
             on_host += float(tensors.compute_on_host(batch, batch).sum())
-            job = self._layer(batch, tokens).compute_on_accelerator(batch, batch)
+            job = self._layer(batch, tokens).compute_on_accelerator(batch, batch, "calibration")
             self._finish([job])
             on_accelerator += job.seconds
         return on_host / len(experts), on_accelerator / len(experts)
 
-    def _layer(self, experts: list[int], tokens: int) -> LayerTensors:
+    def _layer(self, experts: NDArray[np.int64], tokens: int) -> LayerTensors:
         """A layer whose ``tokens`` all go to these experts."""
         accelerator = self.computers.accelerator
         assert accelerator is not None
-        routing = np.tile(np.array(experts, dtype=np.int64), (tokens, 1))
+        routing = np.tile(experts, (tokens, 1))
         groups = Groups(routing, self.store.shape.experts)
         x = torch.ones(tokens, self.hidden, dtype=self.dtype, device=accelerator.device)
         return LayerTensors(self.computers, None, groups, 0, x, time.perf_counter)
@@ -107,6 +108,6 @@ class Workbench:
                 raise ticket.error
 
 
-def _batches(experts: Sequence[int], size: int) -> Iterator[list[int]]:
+def _batches(experts: Sequence[int], size: int) -> Iterator[NDArray[np.int64]]:
     for begin in range(0, len(experts), size):
-        yield list(experts[begin : begin + size])
+        yield np.array(experts[begin : begin + size], dtype=np.int64)

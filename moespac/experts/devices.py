@@ -20,7 +20,6 @@ from moespac.experts.grouped import GroupedExperts
 from moespac.experts.kernels.host import HostKernel
 from moespac.experts.resident import JobKernels
 from moespac.schedule.ports import Ticket
-from moespac.timeline import expert_names
 
 
 @dataclass(frozen=True)
@@ -59,6 +58,11 @@ class Groups:
         first = self.begins[0]
         return np.concatenate([self.order[:first], self.order[first + self.counts.sum() :]])
 
+    def rows_of(self, chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+        """Rows of the (T * k) buffer that belong to the ``chosen`` (experts,), a flag each."""
+        first = self.begins[0]
+        return self.order[first : first + self.counts.sum()][chosen.repeat(self.counts)]
+
     def rows(self, expert: int) -> torch.Tensor:
         """Rows of the (T * k) buffer that belong to ``expert``."""
         begin = self.begins[expert]
@@ -84,9 +88,11 @@ class LayerTensors:
         self._groups = groups
         self._first_id = first_id
         self._x = x
-        self._x_host = x.to("cpu", torch.float32) if computers.kernel else x.to("cpu")
+        self._x_host = x
+        if x.device.type != "cpu" or (computers.kernel and x.dtype != torch.float32):
+            self._x_host = x.to("cpu", torch.float32 if computers.kernel else x.dtype)
         self._now = now
-        self._host_experts: list[int] = []
+        self._on_host = np.zeros(len(groups.counts), dtype=bool)  # experts that the host has computed
         # On another device than the host, its experts' rows are gathered there and brought over once.
         self._apart = x.device.type != "cpu"
         self._grouped = computers.grouped
@@ -103,59 +109,61 @@ class LayerTensors:
         kernel, top_k = self._computers.kernel, self._groups.top_k
         if self._grouped is not None and self._rows is not None:
             return self._grouped.join(
-                self._rows, weights, self._x, self._host_rows().numpy(), self._groups.nowhere
+                self._rows, weights, self._x, self._groups.rows_of(self._on_host), self._groups.nowhere
             )
         if kernel is not None and not self._apart:
-            return kernel.join(self._out, weights.float().contiguous(), top_k).to(self._x.dtype)
+            joined = kernel.join(self._out, weights.float().contiguous(), top_k)
+            return joined if joined.dtype == self._x.dtype else joined.to(self._x.dtype)
         rows = self._gathered().view(-1, top_k, self._x.shape[1])
         return (rows * weights.unsqueeze(-1)).sum(dim=1).to(self._x.dtype)
 
     def _gathered(self) -> torch.Tensor:
         """All rows (T * k, hidden), on x's device."""
-        if self._apart and self._host_experts:
-            rows = self._host_rows()
+        if self._apart and self._on_host.any():
+            rows = torch.from_numpy(self._groups.rows_of(self._on_host))
             self._out_device[rows.to(self._x.device)] = self._out[rows].to(self._x.device)
         return self._out_device
 
-    def _host_rows(self) -> torch.Tensor:
-        """Rows of the (T * k) buffer that were computed on the host."""
-        rows = [self._groups.rows(expert) for expert in self._host_experts]
-        return torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64)
-
-    def compute_on_host(self, experts: list[int], slots: list[int]) -> NDArray[np.float64]:
-        local = [expert - self._first_id for expert in experts]
-        self._host_experts += local
+    def compute_on_host(self, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.float64]:
+        local = experts - self._first_id
+        self._on_host[local] = True
         start = self._now()
         if self._computers.kernel is None:
-            seconds = np.array([self._compute_in_torch(e, s) for e, s in zip(local, slots, strict=True)])
+            jobs = zip(local.tolist(), slots.tolist(), strict=True)
+            seconds = np.array([self._compute_in_torch(expert, slot) for expert, slot in jobs])
         else:
-            seconds = self._compute_in_kernel(self._computers.kernel, np.array(local), np.array(slots))
+            seconds = self._compute_in_kernel(self._computers.kernel, local, slots)
         # On several threads at once, an expert costs the layer its share of the time that all took.
-        return seconds * ((self._now() - start) / max(seconds.sum(), 1e-9))
+        return seconds * ((self._now() - start) / max(sum(seconds.tolist()), 1e-9))
 
-    def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> Ticket:
+    def compute_on_accelerator(
+        self, experts: NDArray[np.int64], slots: NDArray[np.int64], name: str
+    ) -> Ticket:
         accelerator = self._computers.accelerator
         assert accelerator is not None
+        local = experts - self._first_id
 
         def job() -> None:
             if self._grouped is not None:
-                self._compute_grouped(self._grouped, accelerator.arena, experts, slots)
+                self._compute_grouped(self._grouped, accelerator.arena, local, slots)
                 return
-            for expert, slot in zip(experts, slots, strict=True):
-                rows, y = self._expert(expert - self._first_id, self._x, accelerator.arena[slot])
+            for expert, slot in zip(local.tolist(), slots.tolist(), strict=True):
+                rows, y = self._expert(expert, self._x, accelerator.arena[slot])
                 self._out_device[rows.to(y.device)] = y.to(self._out_device.dtype)
 
-        name = expert_names(experts, len(self._groups.counts))
         return accelerator.compute(name, job)
 
     def _compute_grouped(
-        self, grouped: GroupedExperts, arena: torch.Tensor, experts: list[int], slots: list[int]
+        self,
+        grouped: GroupedExperts,
+        arena: torch.Tensor,
+        experts: NDArray[np.int64],
+        slots: NDArray[np.int64],
     ) -> None:
         groups = self._groups
-        local = np.array(experts) - self._first_id
-        begins, counts = groups.begins[local], groups.counts[local]
+        begins, counts = groups.begins[experts], groups.counts[experts]
         x = self._x.contiguous()
-        grouped.run(x, groups.top_k, arena, np.array(slots), groups.order, begins, counts, self._out_device)
+        grouped.run(x, groups.top_k, arena, slots, groups.order, begins, counts, self._out_device)
 
     def _compute_in_kernel(
         self, kernel: HostKernel, experts: NDArray[np.int64], slots: NDArray[np.int64]

@@ -195,8 +195,7 @@ class ExpertRuntime:
             for layer, (_, start, seconds, _, _) in enumerate(spans.tolist(), first):
                 self.clock.was_spent_on("host_experts", began + start, seconds, self._names(layer))
         if not self.memory.all_at_hand:
-            for _, _, _, sample, tokens in spans.tolist():
-                self.policy.costs.observe_host(int(tokens), sample)
+            self.policy.costs.observe_host_experts(spans[:, 4].astype(np.int64), spans[:, 3])
 
     def _look_after_transfers(self, layer: int) -> None:
         """As often as a layer that asks does, before and after it computes."""
@@ -294,9 +293,9 @@ class ExpertRuntime:
     def _count_hits(self, host: NDArray[np.int64], accelerator: NDArray[np.int64]) -> None:
         if self._prefills:
             return
-        self.stats.host.count(int(self.memory.host.ready[host].sum()), host.size)
+        self.stats.host.count(self.memory.host.ready[host].tolist().count(True), host.size)
         if self.memory.accelerator is not None:
-            hits = int(self.memory.accelerator.ready[accelerator].sum())
+            hits = self.memory.accelerator.ready[accelerator].tolist().count(True)
             self.stats.accelerator.count(hits, accelerator.size)
 
     def _retention(self, layer: int) -> Retention:

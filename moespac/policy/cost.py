@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +35,8 @@ class _Median:
         self._latest: deque[float] = deque(maxlen=samples)
         self.value: float | None = None
 
-    def observe(self, seconds: float) -> None:
-        self._latest.append(seconds)
+    def observe(self, *seconds: float) -> None:
+        self._latest.extend(seconds)
         self.value = sorted(self._latest)[(len(self._latest) - 1) // 2]
 
 
@@ -55,6 +55,7 @@ class _Curve:
         self._nodes = 2.0 ** np.arange(config.buckets)
         self._shape = self._prior = first + further * (self._nodes - 1)
         self._measured = [_Median(config.samples) for _ in self._nodes]
+        self._scales: dict[int, tuple[int, float, float]] = {}  # by tokens, as they come
         self._redraw = config.redraw
         self._seen = 0  # measurements
         self._draw()
@@ -69,10 +70,24 @@ class _Curve:
 
     def observe(self, tokens: int, seconds: float) -> None:
         """``seconds`` is scaled, in the prior's proportion, from ``tokens`` to the nearest power of two."""
+        self.observe_all([tokens], [seconds])
+
+    def observe_all(self, tokens: Sequence[int], seconds: Sequence[float]) -> None:
+        """``observe`` for several, in this order."""
+        samples: dict[int, list[float]] = {}
+        for count, spent in zip(tokens, seconds, strict=True):
+            bucket, there, here = self._scales.get(count) or self._scale(count)
+            samples.setdefault(bucket, []).append(spent * there / here)
+        for bucket, scaled in samples.items():
+            self._measured[bucket].observe(*scaled)
+        self._seen += len(seconds)
+
+    def _scale(self, tokens: int) -> tuple[int, float, float]:
+        """The nearest power of two's place, and the prior's seconds there and at ``tokens``."""
         bucket = min(round(math.log2(tokens)), len(self._nodes) - 1)
         here = self._first + self._further * (tokens - 1)
-        self._measured[bucket].observe(seconds * float(self._shape[bucket]) / here)
-        self._seen += 1
+        self._scales[tokens] = scale = (bucket, float(self._shape[bucket]), here)
+        return scale
 
     def __call__(self, tokens: NDArray) -> Seconds:
         table = self.table()
@@ -163,7 +178,15 @@ class CostModel:
 
     def observe_host_beside_copy(self, tokens: int, seconds: float) -> None:
         """The same, records being copied all the while."""
-        self._beside_copy.observe(seconds / float(self._host(np.array([tokens]))[0]))
+        self.observe_host_experts_beside_copy(np.array([tokens]), np.array([seconds]))
+
+    def observe_host_experts(self, tokens: NDArray[np.int64], seconds: Seconds) -> None:
+        """``observe_host`` for each of several experts."""
+        self._host.observe_all(tokens.tolist(), seconds.tolist())
+
+    def observe_host_experts_beside_copy(self, tokens: NDArray[np.int64], seconds: Seconds) -> None:
+        """``observe_host_beside_copy`` for each of several experts."""
+        self._beside_copy.observe(*(seconds / self._host(tokens)).tolist())
 
     def observe_accelerator(self, tokens: int, seconds: float) -> None:
         """One expert took ``seconds`` for ``tokens`` on the accelerator."""

@@ -5,10 +5,8 @@ The event loop of ``LayerRun`` is the asynchronous execution engine of the paper
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,16 +26,21 @@ class Side:
     """The experts that one device needs in this layer, from missing over flying to ready (and pinned)."""
 
     tier: Tier
-    missing: deque[int]
+    needed: NDArray[np.int64]
+    missing: list[int] = field(default_factory=list)
     flying: set[int] = field(default_factory=set)
-    ready: deque[int] = field(default_factory=deque)
+    ready: list[int] = field(default_factory=list)
 
     def sort_out(self) -> None:
         """What is resident already is pinned, so that fetching the rest cannot evict it."""
-        resident = [expert for expert in self.missing if self.tier.ready[expert]]
-        self.missing = deque(expert for expert in self.missing if not self.tier.ready[expert])
-        for expert in resident:
-            self._take(expert)
+        if not self.needed.size:
+            return
+        there = self.tier.ready[self.needed]
+        resident = self.needed
+        if False in there.tolist():
+            resident, self.missing = self.needed[there], self.needed[~there].tolist()
+        self.tier.pin_all(resident)
+        self.ready = resident.tolist()
 
     def arrived(self, expert: int) -> None:
         if expert in self.flying:
@@ -55,8 +58,9 @@ class Side:
         A record that was read for its copy to the accelerator must be copied before the reads for others may
         evict it, or small memories would read for ever.
         """
-        waiting = list(self.missing)
-        self.missing.clear()
+        if not self.missing:
+            return
+        waiting, self.missing = self.missing, []
         if near is not None:
             waiting.sort(key=lambda expert: not near[expert])
         for expert in waiting:
@@ -98,7 +102,9 @@ class LayerRun:
         self._counts = counts
         self._first_id = first_id
         self._loaded_only: set[int] = set()
-        self._jobs: list[tuple[Ticket, list[int]]] = []  # accelerator jobs in flight, the records they pin
+        self._jobs: list[
+            tuple[Ticket, NDArray[np.int64]]
+        ] = []  # accelerator jobs in flight, the records they pin
         self._job_error: Exception | None = None
 
     def execute(self, placement: Placement, retention: Retention) -> None:
@@ -106,13 +112,16 @@ class LayerRun:
 
         Raises StorageError or CheckpointError when an expert cannot be had; nothing stays pinned then.
         """
-        host = Side(self._memory.host, deque(placement.host.tolist()))
+        host = Side(self._memory.host, placement.host)
         sides: dict[TierName, Side] = {"host": host}
         device = None
         if self._memory.accelerator is not None:
-            self._loaded_only = set(placement.load.tolist()) - set(placement.accelerator.tolist())
-            needed = placement.accelerator.tolist() + sorted(self._loaded_only)
-            device = Side(self._memory.accelerator, deque(needed))
+            needed = placement.accelerator
+            if placement.load.size:
+                loaded_only = np.setdiff1d(placement.load, placement.accelerator)
+                self._loaded_only = set(loaded_only.tolist())
+                needed = np.concatenate([needed, loaded_only])
+            device = Side(self._memory.accelerator, needed)
             sides["accelerator"] = device
         else:
             assert placement.accelerator.size == 0, "no accelerator to compute on"
@@ -121,8 +130,8 @@ class LayerRun:
         finally:
             self._finish_jobs()
             for side in sides.values():
-                for expert in side.ready:
-                    side.tier.release(expert)
+                if side.ready:
+                    side.tier.release_all(np.array(side.ready))
 
     def _run(
         self, sides: dict[TierName, Side], host: Side, device: Side | None, retention: Retention
@@ -158,48 +167,49 @@ class LayerRun:
     def _compute_on_host(self, side: Side) -> None:
         """All that are ready; but while others wait for a slot, only as many as run at once, to release theirs."""
         most = self._devices.host_threads if side.missing else len(side.ready)
-        experts = list(islice(side.ready, most))
-        names = None
-        if self._clock.tape.record is not None:
-            names = expert_names(experts, len(self._counts))
+        experts = np.array(side.ready[:most])
+        slots = side.tier.slots_of[experts]
         copying = self._memory.copying
-        with self._clock.measure("host_experts", names):
-            seconds = self._devices.compute_on_host(experts, [side.tier.slot(expert) for expert in experts])
-        still_copying = self._memory.copying
-        for expert, spent in zip(experts, seconds.tolist(), strict=True):
-            if not copying:
-                self._costs.observe_host(self._tokens(expert), spent)
-            elif still_copying:
-                self._costs.observe_host_beside_copy(self._tokens(expert), spent)
-            side.ready.popleft()
-            side.tier.release(expert)
+        with self._clock.measure("host_experts", self._names(experts)):
+            seconds = self._devices.compute_on_host(experts, slots)
+        if not copying:
+            self._costs.observe_host_experts(self._tokens(experts), seconds)
+        elif self._memory.copying:
+            self._costs.observe_host_experts_beside_copy(self._tokens(experts), seconds)
+        del side.ready[:most]
+        side.tier.release_all(experts)
 
     def _launch(self, side: Side) -> bool:
         """Hand all experts that are ready on the accelerator to it, as one job. True when that released slots."""
+        if not side.ready:
+            return False
         released = False
-        experts = [expert for expert in side.ready if expert not in self._loaded_only]
-        for expert in side.ready:
-            if expert in self._loaded_only:
+        if self._loaded_only:
+            for expert in self._loaded_only.intersection(side.ready):
                 side.tier.release(expert)
+                side.ready.remove(expert)
                 released = True
-        side.ready.clear()  # the other pins now belong to the job
-        if experts:
-            slots = [side.tier.slot(expert) for expert in experts]
-            self._jobs.append((self._devices.compute_on_accelerator(experts, slots), experts))
+        if side.ready:
+            experts = np.array(side.ready)
+            side.ready = []  # their pins now belong to the job
+            slots = side.tier.slots_of[experts]
+            ticket = self._devices.compute_on_accelerator(experts, slots, self._names(experts) or "")
+            self._jobs.append((ticket, experts))
         return released
 
     def _reap_jobs(self) -> None:
+        if not self._jobs:
+            return
         done = [job for job in self._jobs if job[0].done]
         self._jobs = [job for job in self._jobs if not job[0].done]
         for ticket, experts in done:
             assert self._memory.accelerator is not None
-            for expert in experts:
-                self._memory.accelerator.release(expert)
+            self._memory.accelerator.release_all(experts)
             if ticket.error is not None:
                 self._job_error = ticket.error
                 continue
             self._clock.add("accelerator_experts", ticket.seconds)
-            tokens = sum(self._tokens(expert) for expert in experts)
+            tokens = int(self._tokens(experts).sum())
             self._costs.observe_accelerator(
                 max(1, round(tokens / len(experts))), ticket.seconds / len(experts)
             )
@@ -211,5 +221,11 @@ class LayerRun:
             if self._jobs:
                 self._memory.bell.wait_beyond(seen)
 
-    def _tokens(self, expert: int) -> int:
-        return int(self._counts[expert - self._first_id])
+    def _tokens(self, experts: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self._counts[experts - self._first_id]
+
+    def _names(self, experts: NDArray[np.int64]) -> str | None:
+        """For a timeline, if one is kept."""
+        if self._clock.tape.record is None:
+            return None
+        return expert_names(experts.tolist(), len(self._counts))

@@ -96,12 +96,14 @@ class ExpertMemory:
         """The layer's routing is known: prefetches of its other experts are useless now and are dropped, and
         what the placement wants ahead comes before the rest of the plan."""
         experts = self.shape.experts
-        wanted = {*placement.host.tolist(), *placement.accelerator.tolist(), *placement.load.tolist()}
         for name, queue in self._ahead.items():
             if queue:
                 self._ahead[name] = deque(e for e in queue if e // experts > layer)
-        self._ahead["host"].extendleft(reversed(placement.prefetch.host.tolist()))
-        self._ahead["accelerator"].extendleft(reversed(placement.prefetch.accelerator.tolist()))
+        self._ahead["host"].extendleft(placement.prefetch.host[::-1].tolist())
+        self._ahead["accelerator"].extendleft(placement.prefetch.accelerator[::-1].tolist())
+        if not self._flights:
+            return
+        wanted = {*placement.host.tolist(), *placement.accelerator.tolist(), *placement.load.tolist()}
         for (name, expert), flight in list(self._flights.items()):
             useless = expert // experts == layer and expert not in wanted and not flight.demanded
             if useless and name == "host" and flight.ticket.cancel():
@@ -140,6 +142,8 @@ class ExpertMemory:
         Raises the mover's error (StorageError, CheckpointError) when a flight that a layer waits for failed.
         """
         arrived: list[tuple[TierName, int]] = []
+        if not self._flights:
+            return arrived
         failed: Exception | None = None
         for key, flight in list(self._flights.items()):
             if not flight.ticket.done:

@@ -51,10 +51,12 @@ class Devices(Protocol):
 
     host_threads: int  # experts that the host computes at once
 
-    def compute_on_host(self, experts: list[int], slots: list[int]) -> NDArray[np.float64]:
+    def compute_on_host(self, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.float64]:
         """Run these experts here and now; returns how much each added to the time (together: all of it)."""
         ...
 
-    def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> Ticket:
-        """Start a job that runs these experts, in this order."""
+    def compute_on_accelerator(
+        self, experts: NDArray[np.int64], slots: NDArray[np.int64], name: str
+    ) -> Ticket:
+        """Start a job that runs these experts, in this order; ``name`` is what a timeline shows."""
         ...

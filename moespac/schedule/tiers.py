@@ -110,6 +110,18 @@ class Tier:
         assert self._pins[slot] > 0
         self._pins[slot] -= 1
 
+    def pin_all(self, experts: NDArray[np.int64]) -> None:
+        """``pin`` for several at once, all different."""
+        assert False not in self.ready[experts].tolist()
+        self._pins[self._slot_of[experts]] += 1
+
+    def release_all(self, experts: NDArray[np.int64]) -> None:
+        """``release`` for several at once, all different."""
+        slots = self._slot_of[experts]
+        pins = self._pins[slots]
+        assert 0 not in pins.tolist()
+        self._pins[slots] = pins - 1
+
     def shrink(self, slots: int, retention: NDArray[np.float64]) -> list[Move]:
         """Go on with the first ``slots`` slots, 1 or more: the least retained records go, and those that stay in a
         slot beyond move to a free one. Nothing is filling or pinned. The bytes are the caller's to move, at once.

@@ -23,7 +23,7 @@ from moespac.sim.clock import Action, SharedResource, VirtualBell, VirtualClock
 from moespac.sim.hardware import HardwareProfile
 from moespac.sim.shapes import SimModel
 from moespac.sim.workers import Job, VirtualTicket, VirtualWorkers
-from moespac.timeline import ACCELERATOR, LINK, STORAGE, Record, expert_name, expert_names
+from moespac.timeline import ACCELERATOR, LINK, STORAGE, Record, expert_name
 
 _HOST, _LINK, _STORAGE = "host", "link", "storage"  # who shares a resource
 
@@ -102,16 +102,17 @@ class LayerDevices:
         self._counts = counts
         self._first_id = first_id
 
-    def compute_on_host(self, experts: list[int], slots: list[int]) -> NDArray[np.float64]:
+    def compute_on_host(self, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.float64]:
         """One after the other: the profile's seconds are those of all threads together."""
         machine = self._machine
-        return np.array([machine.run_on_host(machine.expert_host_seconds(self._tokens(e))) for e in experts])
+        return np.array([machine.run_on_host(machine.expert_host_seconds(n)) for n in self._tokens(experts)])
 
-    def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> VirtualTicket:
+    def compute_on_accelerator(
+        self, experts: NDArray[np.int64], slots: NDArray[np.int64], name: str
+    ) -> VirtualTicket:
         machine = self._machine
-        seconds = sum(machine.expert_accelerator_seconds(self._tokens(expert)) for expert in experts)
-        name = expert_names(experts, len(self._counts))
+        seconds = sum(machine.expert_accelerator_seconds(n) for n in self._tokens(experts))
         return machine.jobs.submit(name, lambda done: machine.clock.after(seconds, done))
 
-    def _tokens(self, expert: int) -> int:
-        return int(self._counts[expert - self._first_id])
+    def _tokens(self, experts: NDArray[np.int64]) -> list[int]:
+        return self._counts[experts - self._first_id].tolist()

@@ -33,19 +33,19 @@ class CountingDevices:
 
     host_threads = 2
 
-    def compute_on_host(self, experts: list[int], slots: list[int]) -> np.ndarray:
-        for expert, slot in zip(experts, slots, strict=True):
+    def compute_on_host(self, experts: np.ndarray, slots: np.ndarray) -> np.ndarray:
+        for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
             assert (self.memory.arena("host")[slot] == FakeStore.pattern(expert)).all()
             self.on_host[expert] += 1
         return np.full(len(experts), 1e-6)
 
-    def compute_on_accelerator(self, experts: list[int], slots: list[int]) -> Ticket:
+    def compute_on_accelerator(self, experts: np.ndarray, slots: np.ndarray, name: str) -> Ticket:
         def job() -> None:
-            for expert, slot in zip(experts, slots, strict=True):
+            for expert, slot in zip(experts.tolist(), slots.tolist(), strict=True):
                 assert (self.memory.arena("accelerator")[slot] == FakeStore.pattern(expert)).all()
                 self.on_accelerator[expert] += 1
 
-        return self.memory.device.compute("", job)
+        return self.memory.device.compute(name, job)
 
 
 @pytest.mark.parametrize("cuda", [False, True])
