@@ -130,7 +130,7 @@ class UtilityConfig:
     spread: float = 0.8  # logits between the shares of experts that neighbouring boundaries let through
     histogram_windows: float = 16.0  # mean life of the demand histogram: it follows K, acceptance and text
     level_weight: float = 0.01  # what a level adds to the expected count per token when experts are ordered
-    prefetch_margin: float = 2.0  # times a victim's utility before it makes way: a quarter less to read
+    prefetch_margin: float = 8.0  # times a victim's utility before it makes way: a read slows the experts beside it
     pass_discount: float = 0.8  # worth of a need one full pass away: less certain, and time to refetch
     copy_worth: float = 0.25  # worth in host memory of what the accelerator has: a refetch saved, if it goes
 
