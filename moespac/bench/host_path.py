@@ -9,7 +9,7 @@ CPU time of this thread, so that a busy machine does not count, and neither do w
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import thread_time
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from moespac.config import GraphConfig
+from moespac.config import CostConfig, GraphConfig
 from moespac.engine.build import load
 from moespac.engine.engine import Engine
 from moespac.experts.runtime import OffloadedExperts
@@ -81,10 +81,9 @@ def measure(
             clock = engine.runtime.clock
             clock.now = thread_time
             trunk = _trunk(engine, clock)
-            memory: Any = engine.runtime.memory
-            # A device that is fast, so that the policy sends it what lies there.
-            memory.link._accelerator.compute = lambda name, job: _Launched()
+            jobs = _a_fast_device(engine, max(windows))
             whole = [_median(engine, trunk, clock, tokens, passes) for tokens in windows]
+            assert jobs, "the policy sent the device no job: this is not the path of two devices"
             for module in engine.model.modules():
                 if isinstance(module, OffloadedExperts):
                     echo: Any = _Echo()
@@ -92,6 +91,29 @@ def measure(
             alone = [_median(None, trunk, clock, tokens, passes) for tokens in windows]
     pairs = zip(alone, whole, strict=True)
     return [HostTime(trunk, decide, max(0.0, both - decide - trunk)) for (trunk, _), (both, decide) in pairs]
+
+
+def _a_fast_device(engine: Engine, tokens: int) -> list[str]:
+    """The accelerator has done its jobs at once from now on, is known for it, and has experts; the list grows by
+    a name for each job."""
+    memory: Any = engine.runtime.memory
+    jobs: list[str] = []
+
+    def compute(name: str, job: Callable[[], object]) -> _Launched:
+        jobs.append(name)
+        return _Launched()
+
+    memory.link._accelerator.compute = compute
+    costs, samples = engine.runtime.policy.costs, CostConfig().samples
+    for count in range(1, tokens + 1):
+        for _ in range(samples):
+            costs.observe_accelerator(count, _Launched.seconds)
+    values = np.zeros(memory.shape.total)
+    slots = memory.accelerator.slots
+    for expert in np.random.default_rng(0).permutation(memory.shape.total)[:slots].tolist():
+        if not memory.accelerator.ready[expert] and memory.demand_accelerator(expert, lambda tier: values):
+            memory.quiesce()
+    return jobs
 
 
 def _trunk(engine: Engine, clock: PassClock) -> GraphedTrunk:
