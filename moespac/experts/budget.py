@@ -87,6 +87,10 @@ class DeviceNeeds:
     def total(self) -> int:
         return self.kv_cache + self.graphs + self.reserve
 
+    def room(self, free_bytes: int) -> int:
+        """What experts may take of memory that is free beside trunk and drafter."""
+        return max(free_bytes - self.total, 0)
+
     def __str__(self) -> str:
         kv_cache, graphs, reserve = map(_gb, (self.kv_cache, self.graphs, self.reserve))
         return f"{kv_cache} for KV caches, {graphs} for CUDA graphs and {reserve} in reserve"
@@ -98,7 +102,7 @@ def device_slots(budget: str, shape: ModelShape, free_bytes: int, needs: DeviceN
     "auto" takes what is left, and the log says how much that is. Raises ConfigError for an amount that does not
     fit: who names one has counted on it, and is told what does fit.
     """
-    room = max(free_bytes - needs.total, 0)
+    room = needs.room(free_bytes)
     fit = room // shape.record_bytes
     why = f"{_gb(free_bytes)} are free beside the trunk and the drafter, less {needs}"
     if budget == "auto":

@@ -127,11 +127,8 @@ def _budgets(model: PlannedModel, machine: Machine, format: str, config: PlanCon
     """What is left for experts beside the trunk; None when a tier that must hold one layer's cannot."""
     record, total = model.record_bytes[format], model.layers * model.experts
     trunk, needs = _trunk_bytes(model, machine), _device_needs(model, machine)
-    host, accelerator = machine.host_bytes - config.reserve_bytes, 0
-    if needs is None:
-        host -= trunk
-    else:
-        accelerator = machine.accelerator_bytes - trunk - needs.total
+    host = machine.host_bytes - config.reserve_bytes - (trunk if needs is None else 0)
+    accelerator = needs.room(machine.accelerator_bytes - trunk) if needs else 0
     slots = [min(max(nbytes, 0) // record, total) for nbytes in (host, accelerator)]
     if slots[0] < model.top_k or (needs is not None and slots[1] < model.top_k):
         return None
