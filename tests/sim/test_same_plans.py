@@ -28,8 +28,8 @@ Log = list[tuple[str, list[np.ndarray]]]
 @pytest.fixture(autouse=True)
 def _costs_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured differs between the worlds, and plans follow from it."""
-    for name in ("host", "accelerator", "link", "storage"):
-        monkeypatch.setattr(CostModel, f"observe_{name}", lambda self, *measured: None)
+    for name in [name for name in vars(CostModel) if name.startswith("observe_")]:
+        monkeypatch.setattr(CostModel, name, lambda self, *measured: None)
     monkeypatch.setattr(CostModel, "start_from", lambda self, measured: None)
 
 
