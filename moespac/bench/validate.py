@@ -95,10 +95,11 @@ def validate(
     """Run all ``CASES`` in both worlds.
 
     ``directory`` takes the model, its experts ``factor`` times as wide; ``tokens`` are generated for each prompt.
-    Each of the ``rounds`` measures the machine and then runs each case once: a shared machine's speed changes within
-    minutes, and what is compared has to be of the same ones. Of a case the round of median error counts, the lower
-    one of two. One thread computes, so that the readers have a core: what two threads of one small product do to
-    each other is not what is simulated. Raises ConfigError or PackError when the directory cannot take it.
+    Each of the ``rounds`` measures the machine and then runs each case once: a shared machine's speed changes
+    within minutes, and what is compared has to be of the same ones. Of a case the round of median error counts,
+    the lower one of two. One thread computes, so that the readers have a core: what two threads of one small
+    product do to each other is not what is simulated. Raises ConfigError or PackError when the directory cannot
+    take it.
     """
     torch.set_num_threads(1)
     model, path = _make_model(directory, factor)
