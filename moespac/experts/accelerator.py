@@ -21,6 +21,7 @@ class Accelerator(Protocol):
     """Slots for records on ``device``, one link to them, and one computer beside them."""
 
     device: torch.device
+    in_order: bool  # jobs run on the stream that the trunk runs on: what follows there finds their results
     keeps: bool  # whether ``shrink`` leaves what is in the slots that remain
     stands_in: bool  # for a card that is not there: what it takes itself is not worth measuring
 

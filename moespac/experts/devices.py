@@ -83,6 +83,7 @@ class LayerTensors:
     ) -> None:
         """``first_id``: flat id of this layer's expert 0; x (T, hidden)."""
         self.host_threads = computers.host_threads
+        self.in_order = computers.accelerator is not None and computers.accelerator.in_order
         self._computers = computers
         self._norm = norm
         self._groups = groups

@@ -16,6 +16,7 @@ class InProcessAccelerator:
     """Implements ``accelerator.Accelerator``. Not ``asynchronous``: every job runs where it is submitted."""
 
     device = torch.device("cpu")
+    in_order = False  # a thread of its own computes
     keeps = True
     stands_in = True
     page_locked = None

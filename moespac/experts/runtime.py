@@ -19,6 +19,7 @@ from moespac.model.routers import ask_router
 from moespac.policy.base import Policy, Sensor
 from moespac.policy.cost import MeasuredCosts
 from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
+from moespac.schedule.jobs import Jobs
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.stats import ExpertStats, PassClock, TierStats
@@ -61,6 +62,7 @@ class ExpertRuntime:
         self._window: Window | None = None
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
         self._weights: list[NDArray[np.float32]] = []  # the router's weights beside them, for the recorder
+        self._jobs = Jobs(memory.bell, clock)
         self._resident: ResidentExperts | None = None
         self._host_experts: HostExperts | None = None
         if computers.kernel is not None:
@@ -108,6 +110,8 @@ class ExpertRuntime:
         self._routing, self._weights = [], []
         if self.windows is not None:
             self.windows.reset()
+        self._jobs.finish()
+        self._jobs.forget_errors()
         self.memory.quiesce()
 
     def shrink_accelerator(self, share: float) -> int:
@@ -116,6 +120,7 @@ class ExpertRuntime:
         assert tier is not None and accelerator is not None
         slots = max(1, min(tier.slots - 1, int(tier.slots * (1 - share))))
         given = tier.slots - slots
+        self._jobs.finish()
         if given:
             moves = self.memory.shrink_accelerator(slots, self._retention(-1), accelerator.keeps)
             accelerator.shrink(slots, moves)
@@ -145,6 +150,7 @@ class ExpertRuntime:
         only."""
         if self._costs is not None:
             policy.costs.start_from(self._costs)
+        self._jobs.finish()
         self.memory.begin_anew(policy.costs)
         self.policy = policy
         self._asks_next_gate = Sensor.NEXT_GATE in policy.sensors
@@ -152,6 +158,7 @@ class ExpertRuntime:
 
     def close(self) -> None:
         """Stop all threads and free the tiers."""
+        self._jobs.finish()
         self.memory.close()
 
     def pump(self) -> None:
@@ -240,7 +247,8 @@ class ExpertRuntime:
             self.memory.start_layer(layer, placement)
             self._count_hits(placement.host, placement.accelerator)
         tensors = LayerTensors(self._computers, norm, groups, first_id, x, self.clock.now)
-        run = LayerRun(self.memory, tensors, self.policy.costs, self.clock, groups.counts, first_id)
+        costs, clock = self.policy.costs, self.clock
+        run = LayerRun(self.memory, tensors, costs, clock, self._jobs, groups.counts, first_id)
         run.execute(placement, retention)
         if unattended and layer == self._shape.layers - 1:
             self._end_unattended_pass(routing.shape[0])

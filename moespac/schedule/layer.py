@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from moespac.policy.base import TierName
 from moespac.policy.cost import CostModel
+from moespac.schedule.jobs import Jobs
 from moespac.schedule.memory import ExpertMemory, Retention
-from moespac.schedule.ports import Devices, Ticket
+from moespac.schedule.ports import Devices
 from moespac.schedule.stats import PassClock
 from moespac.schedule.tiers import Tier
 from moespac.timeline import expert_names
@@ -92,20 +93,18 @@ class LayerRun:
         devices: Devices,
         costs: CostModel,
         clock: PassClock,
+        jobs: Jobs,
         counts: NDArray[np.int64],
         first_id: int,
     ) -> None:
         self._memory = memory
         self._devices = devices
+        self._jobs = jobs
         self._costs = costs
         self._clock = clock
         self._counts = counts
         self._first_id = first_id
         self._loaded_only: set[int] = set()
-        self._jobs: list[
-            tuple[Ticket, NDArray[np.int64]]
-        ] = []  # accelerator jobs in flight, the records they pin
-        self._job_error: Exception | None = None
 
     def execute(self, placement: Placement, retention: Retention) -> None:
         """Have every active expert computed where it is placed.
@@ -127,8 +126,10 @@ class LayerRun:
             assert placement.accelerator.size == 0, "no accelerator to compute on"
         try:
             self._run(sides, host, device, retention)
+        except BaseException:
+            self._jobs.finish()
+            raise
         finally:
-            self._finish_jobs()
             for side in sides.values():
                 if side.ready:
                     side.tier.release_all(np.array(side.ready))
@@ -142,7 +143,7 @@ class LayerRun:
             seen = self._memory.bell.count()
             for name, expert in self._memory.settle():
                 sides[name].arrived(expert)
-            self._reap_jobs()
+            self._jobs.reap()
             released = False
             if device is not None:
                 device.fetch(self._memory.demand_accelerator, retention, near=self._memory.host.ready)
@@ -159,10 +160,10 @@ class LayerRun:
                     self._memory.bell.wait_beyond(seen)
             else:
                 break
-        with self._clock.measure("wait_for_accelerator"):
-            self._finish_jobs()
-        if self._job_error is not None:
-            raise self._job_error
+        if not self._devices.in_order:
+            with self._clock.measure("wait_for_accelerator"):
+                self._jobs.finish()
+        self._jobs.check()
 
     def _compute_on_host(self, side: Side) -> None:
         """All that are ready; but while others wait for a slot, only as many as run at once, to release theirs."""
@@ -194,32 +195,8 @@ class LayerRun:
             side.ready = []  # their pins now belong to the job
             slots = side.tier.slots_of[experts]
             ticket = self._devices.compute_on_accelerator(experts, slots, self._names(experts) or "")
-            self._jobs.append((ticket, experts))
+            self._jobs.add(ticket, side.tier, experts, int(self._tokens(experts).sum()), self._costs)
         return released
-
-    def _reap_jobs(self) -> None:
-        if not self._jobs:
-            return
-        done = [job for job in self._jobs if job[0].done]
-        self._jobs = [job for job in self._jobs if not job[0].done]
-        for ticket, experts in done:
-            assert self._memory.accelerator is not None
-            self._memory.accelerator.release_all(experts)
-            if ticket.error is not None:
-                self._job_error = ticket.error
-                continue
-            self._clock.add("accelerator_experts", ticket.seconds)
-            tokens = int(self._tokens(experts).sum())
-            self._costs.observe_accelerator(
-                max(1, round(tokens / len(experts))), ticket.seconds / len(experts)
-            )
-
-    def _finish_jobs(self) -> None:
-        while self._jobs:
-            seen = self._memory.bell.count()
-            self._reap_jobs()
-            if self._jobs:
-                self._memory.bell.wait_beyond(seen)
 
     def _tokens(self, experts: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._counts[experts - self._first_id]

@@ -50,6 +50,7 @@ class Devices(Protocol):
     """Computes the experts of one layer in one pass."""
 
     host_threads: int  # experts that the host computes at once
+    in_order: bool  # what the accelerator is asked later finds a job's results: nobody has to wait for them
 
     def compute_on_host(self, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.float64]:
         """Run these experts here and now; returns how much each added to the time (together: all of it)."""

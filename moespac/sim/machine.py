@@ -96,6 +96,7 @@ class LayerDevices:
     """``schedule.ports.Devices`` for one layer in one pass; ``counts`` (experts,) tokens of each."""
 
     host_threads = 1
+    in_order = False  # virtual time goes on only where somebody waits
 
     def __init__(self, machine: Machine, counts: NDArray[np.int64], first_id: int) -> None:
         self._machine = machine

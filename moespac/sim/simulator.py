@@ -23,6 +23,7 @@ from moespac.policy.cost import CostModel
 from moespac.policy.planner import MoeSpacPolicy
 from moespac.policy.registry import make_policy
 from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
+from moespac.schedule.jobs import Jobs
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.stats import PassClock
@@ -166,6 +167,7 @@ class Simulation:
             self._machine.bell,
         )
         self._clock = PassClock(self._machine.clock.now, tape=Tape(record))
+        self._jobs = Jobs(self._machine.bell, self._clock)
         self._meter = Meter(self._memory, self._clock)
         self._rng = np.random.default_rng(setting.seed)  # of the sensors' errors
 
@@ -262,7 +264,8 @@ class Simulation:
             self._meter.dispatch(counts, fastest[layer])
         first_id = layer * self._shape.experts
         devices = LayerDevices(self._machine, counts, first_id)
-        layer_run = LayerRun(self._memory, devices, self._policy.costs, self._clock, counts, first_id)
+        costs, clock = self._policy.costs, self._clock
+        layer_run = LayerRun(self._memory, devices, costs, clock, self._jobs, counts, first_id)
         layer_run.execute(placement, retention)
 
     def _foresee_layer(self, layer: int, seen: Observation) -> None:

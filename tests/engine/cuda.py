@@ -25,9 +25,11 @@ def cuda_in_place_of_a_card(
         size = slots, host.shape[1]
         arena = MappedArena(*size, FakeVirtualMemory(), PAGE) if mapped else PlainArena(*size, device)
         asynchronous, ahead = config.memory.asynchronous, config.device.copies_ahead
-        return fake_cuda(
+        accelerator = fake_cuda(
             cards[-1], host, slots, bell, asynchronous, arena=arena, copies_ahead=ahead, tape=tape
         )
+        accelerator.in_order = False  # joins are computed here at once, and not on the card's stream
+        return accelerator
 
     monkeypatch.setattr(build, "open_accelerator", open_fake)
     yield cards

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from hypothesis import strategies as st
 
 from moespac.errors import StorageError
 from moespac.experts.workers import Ticket
+from moespac.schedule.jobs import Jobs
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.stats import PassClock
 from moespac.types import NO_IDS, Placement, Plan
-from tests.experts.fake_cuda import FakeDriver
+from tests.experts.fake_cuda import FakeDriver, FakeStream
 from tests.fakes import FakeStore
 from tests.schedule.real_workers import Memory
 
@@ -26,8 +28,9 @@ CALM = settings(max_examples=150, deadline=None, derandomize=True, suppress_heal
 class CountingDevices:
     """Computes nothing, but sees to it that the bytes are the expert's, and counts."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, in_order: bool = False) -> None:
         self.memory = memory
+        self.in_order = in_order
         self.on_host: Counter[int] = Counter()
         self.on_accelerator: Counter[int] = Counter()
 
@@ -66,7 +69,7 @@ def test_every_expert_is_computed_once_where_it_was_placed(
 ) -> None:
     store = FakeStore(LAYERS, EXPERTS)
     memory = Memory(store, host, device, asynchronous, FakeDriver() if cuda else None)
-    devices = CountingDevices(memory)
+    devices, jobs = CountingDevices(memory, in_order=cuda), Jobs(memory.bell, PassClock())
     values = np.arange(LAYERS * EXPERTS, dtype=float)
     values[list(kept_for_ever)] = np.inf
     counts = np.zeros(EXPERTS, dtype=np.int64)
@@ -78,11 +81,12 @@ def test_every_expert_is_computed_once_where_it_was_placed(
         prefetch=Plan(np.array(ahead, dtype=np.int64), np.array(ahead if device else [], dtype=np.int64)),
         load=np.array(sorted(load), dtype=np.int64) if device else NO_IDS,
     )
-    run = LayerRun(memory, devices, memory._costs, PassClock(), counts, first_id=0)
+    run = LayerRun(memory, devices, memory._costs, PassClock(), jobs, counts, first_id=0)
     memory.start_layer(0, placement)
     store.failing = broken
     try:
         run.execute(placement, lambda tier: values)
+        jobs.finish()
         assert devices.on_host == Counter(placement.host.tolist())
         assert devices.on_accelerator == Counter(placement.accelerator.tolist())
     except StorageError:
@@ -91,3 +95,64 @@ def test_every_expert_is_computed_once_where_it_was_placed(
     memory.check_integrity()
     assert not any(tier._pins.any() for tier in memory.tiers), "nothing stays pinned"
     memory.close()
+
+
+class Launching(FakeDriver):
+    """Jobs fail where they are launched, if they do."""
+
+    def run(self, job: Callable[[], object], stream: FakeStream) -> None:
+        job()
+
+
+class Card:
+    """A layer whose experts are all on a card, which works when its gate is open."""
+
+    def __init__(self, driver: FakeDriver) -> None:
+        self.driver = driver
+        self.memory = Memory(FakeStore(LAYERS, EXPERTS), EXPERTS, EXPERTS, True, self.driver)
+        self.values = np.arange(LAYERS * EXPERTS, dtype=float)
+        self.devices = CountingDevices(self.memory, in_order=True)
+        self.jobs = Jobs(self.memory.bell, PassClock())
+        self.run_layer()
+        self.jobs.finish()
+
+    def run_layer(self) -> None:
+        counts = np.ones(EXPERTS, dtype=np.int64)
+        run = LayerRun(
+            self.memory, self.devices, self.memory._costs, PassClock(), self.jobs, counts, first_id=0
+        )
+        run.execute(Placement(NO_IDS, np.arange(EXPERTS)), lambda tier: self.values)
+
+    @property
+    def pinned(self) -> int:
+        return int(self.memory.accelerator._pins.sum())
+
+    def close(self) -> None:
+        self.driver.current_stream().gate.set()
+        self.jobs.finish()
+        self.memory.close()
+
+
+def test_nobody_waits_for_a_device_that_works_in_order() -> None:
+    card = Card(FakeDriver())
+    card.driver.current_stream().gate.clear()
+    card.run_layer()
+    assert card.pinned == EXPERTS, "the job reads them still"
+    card.run_layer()
+    card.jobs.reap()
+    assert card.pinned == 2 * EXPERTS
+    card.driver.current_stream().gate.set()
+    card.jobs.finish()
+    assert card.pinned == 0 and card.devices.on_accelerator == Counter(dict.fromkeys(range(EXPERTS), 3))
+    card.close()
+
+
+def test_a_job_that_fails_is_heard_of_in_its_own_layer() -> None:
+    card = Card(Launching())
+    counted, card.devices.on_accelerator = card.devices.on_accelerator, None  # type: ignore[assignment]
+    with pytest.raises(TypeError):
+        card.run_layer()
+    assert card.pinned == 0
+    card.devices.on_accelerator = counted
+    card.run_layer()
+    card.close()

@@ -29,6 +29,7 @@ _JOBS_IN_FLIGHT = (
 class CudaAccelerator:
     """Implements ``accelerator.Accelerator``. Not ``asynchronous``: every ticket is born done."""
 
+    in_order = True
     stands_in = False
 
     def __init__(

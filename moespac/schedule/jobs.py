@@ -1,0 +1,77 @@
+"""Jobs on the accelerator, until it is through with them: what they read stays pinned so long.
+
+A job outlives its layer where the accelerator works in order: what is asked of it next finds the results without
+anybody having waited for them on the host.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moespac.policy.cost import CostModel
+from moespac.schedule.ports import Bell, Ticket
+from moespac.schedule.stats import PassClock
+from moespac.schedule.tiers import Tier
+
+
+class _Job(NamedTuple):
+    ticket: Ticket
+    tier: Tier
+    experts: NDArray[np.int64]  # whose records it has pinned
+    tokens: int  # of all of them
+    costs: CostModel
+
+
+class Jobs:
+    """Those of all layers that are in flight."""
+
+    def __init__(self, bell: Bell, clock: PassClock) -> None:
+        self._bell = bell
+        self._clock = clock
+        self._jobs: list[_Job] = []
+        self._error: Exception | None = None
+
+    def add(
+        self, ticket: Ticket, tier: Tier, experts: NDArray[np.int64], tokens: int, costs: CostModel
+    ) -> None:
+        """The pins that the experts have in ``tier`` are the job's now; ``costs`` will learn what it took."""
+        self._jobs.append(_Job(ticket, tier, experts, tokens, costs))
+
+    def reap(self) -> None:
+        """Release what the jobs that are done had pinned."""
+        if not self._jobs:
+            return
+        done = [job for job in self._jobs if job.ticket.done]
+        self._jobs = [job for job in self._jobs if not job.ticket.done]
+        for ticket, tier, experts, tokens, costs in done:
+            tier.release_all(experts)
+            if ticket.error is not None:
+                self._error = ticket.error
+                continue
+            self._clock.add("accelerator_experts", ticket.seconds)
+            each = max(1, round(tokens / len(experts)))
+            costs.observe_accelerator(each, ticket.seconds / len(experts))
+
+    def finish(self) -> None:
+        """Wait until none is in flight."""
+        while self._jobs:
+            seen = self._bell.count()
+            self.reap()
+            if self._jobs:
+                self._bell.wait_beyond(seen)
+
+    def check(self) -> None:
+        """Raises the error of a job that has failed, once no other is in flight."""
+        if any(job.ticket.error for job in self._jobs):
+            self.finish()
+        error, self._error = self._error, None
+        if error is not None:
+            self.finish()
+            raise error
+
+    def forget_errors(self) -> None:
+        """The pass that they belong to is given up."""
+        self._error = None
