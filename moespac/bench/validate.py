@@ -1,8 +1,8 @@
 """VALIDATE: the engine measured on this machine, and the simulator on the traces of the very same runs.
 
-The model is the embedded one, its experts inflated until they cost something. The hardware profile is measured just
-before, in each round, with experts and blocks of this model's size, and so is one token of the draft model, which is
-too small for its bytes to say what it takes. Nothing is fitted to the runs that are compared.
+The model is the embedded one, its experts inflated until they cost something. The hardware profile is measured
+just before, in each round, with experts and blocks of this model's size, and so is one token of the draft model,
+which is too small for its bytes to say what it takes. Nothing is fitted to the runs that are compared.
 """
 
 from __future__ import annotations
