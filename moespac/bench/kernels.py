@@ -153,9 +153,8 @@ def _race(
         for contender, m in entries:
             slots = config.rotate_bytes // contender.nbytes + threads
             x = inputs[m] if m else inputs[config.tokens[0]]
-            for _ in range(
-                2
-            ):  # only the second counts: the first finds Python and the code out of the caches too
+            # Only the second counts: the first finds Python and the code out of the caches too.
+            for _ in range(2):
                 turn = turns[contender.name]
                 turns[contender.name] = turn + threads
                 chosen = [(turn + i) % slots for i in range(threads)]

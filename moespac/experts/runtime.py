@@ -110,8 +110,7 @@ class ExpertRuntime:
         self._routing, self._weights = [], []
         if self.windows is not None:
             self.windows.reset()
-        self._jobs.finish()
-        self._jobs.forget_errors()
+        self._jobs.abandon()
         self.memory.quiesce()
 
     def shrink_accelerator(self, share: float) -> int:

@@ -44,16 +44,12 @@ class Jobs:
         """Release what the jobs that are done had pinned."""
         if not self._jobs:
             return
-        done = [job for job in self._jobs if job.ticket.done]
-        self._jobs = [job for job in self._jobs if not job.ticket.done]
-        for ticket, tier, experts, tokens, costs in done:
-            tier.release_all(experts)
-            if ticket.error is not None:
-                self._error = ticket.error
-                continue
-            self._clock.add("accelerator_experts", ticket.seconds)
-            each = max(1, round(tokens / len(experts)))
-            costs.observe_accelerator(each, ticket.seconds / len(experts))
+        jobs, self._jobs = self._jobs, []
+        for job in jobs:
+            if job.ticket.done:  # asked once: it may become so at any moment
+                self._release(job)
+            else:
+                self._jobs.append(job)
 
     def finish(self) -> None:
         """Wait until none is in flight."""
@@ -65,13 +61,24 @@ class Jobs:
 
     def check(self) -> None:
         """Raises the error of a job that has failed, once no other is in flight."""
-        if any(job.ticket.error for job in self._jobs):
-            self.finish()
+        if self._error is None and not any(job.ticket.error for job in self._jobs):
+            return
+        self.finish()
         error, self._error = self._error, None
-        if error is not None:
-            self.finish()
-            raise error
+        assert error is not None
+        raise error
 
-    def forget_errors(self) -> None:
-        """The pass that they belong to is given up."""
+    def abandon(self) -> None:
+        """Their pass is given up: wait, and forget what failed."""
+        self.finish()
         self._error = None
+
+    def _release(self, job: _Job) -> None:
+        ticket, tier, experts, tokens, costs = job
+        tier.release_all(experts)
+        if ticket.error is not None:
+            self._error = ticket.error
+            return
+        self._clock.add("accelerator_experts", ticket.seconds)
+        each = max(1, round(tokens / len(experts)))
+        costs.observe_accelerator(each, ticket.seconds / len(experts))

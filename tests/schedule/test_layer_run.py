@@ -156,3 +156,30 @@ def test_a_job_that_fails_is_heard_of_in_its_own_layer() -> None:
     card.devices.on_accelerator = counted
     card.run_layer()
     card.close()
+
+
+class Flipping:
+    """A ticket that becomes done while it is looked at: the second look finds it so."""
+
+    error, seconds = None, 1e-6
+
+    def __init__(self) -> None:
+        self.looks = 0
+
+    @property
+    def done(self) -> bool:
+        self.looks += 1
+        return self.looks > 1
+
+
+def test_a_job_that_is_done_in_between_is_not_lost() -> None:
+    card = Card(FakeDriver())
+    tier = card.memory.accelerator
+    experts = np.arange(2)
+    tier.pin_all(experts)
+    card.jobs.add(Flipping(), tier, experts, 2, card.memory._costs)  # type: ignore[arg-type]
+    card.jobs.reap()
+    assert card.pinned == 2
+    card.jobs.reap()
+    assert card.pinned == 0
+    card.close()
