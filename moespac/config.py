@@ -504,14 +504,16 @@ class PlanConfig:
     )
     error: float = 0.25  # of the simulator on a machine that was measured, added on both sides (docs/plan.md)
     enough: float = 0.8  # a more exact format is recommended if it is this near to the fastest
-    reserve_bytes: int = (
-        1 << 30
-    )  # of the trunk's memory: KV cache of some thousand tokens, activations, buffers
+    host_free: float = 0.9  # assumed of a host's memory: the system and other programs have the rest
+    accelerator_free: float = 0.9  # of a card's that is not here: the driver, a CUDA context and a desktop
+    # have 0.5 to 1 GB of it
+    reserve_bytes: int = 1 << 30  # of host memory, beside KV caches: activations, buffers
     drafter_share: float = (
         0.1  # bytes of a draft model beside its target's trunk: 0.6B drafters of 30B targets
     )
     drafter_window: int = 4
     drafter_acceptance: float = 0.7  # of a draft model of the target's family, on prose and code
+    acceptances: tuple[float, ...] = (0.5, 0.7, 0.9)  # that a named draft model is predicted for
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterator
 from math import floor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,12 +13,14 @@ import typer
 from moespac.cli.bars import counting
 from moespac.cli.files import JsonFile
 from moespac.cli.tables import size
+from moespac.config import DeviceConfig, PlanConfig
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-    from moespac.plan.advise import Machine, Option, Plan
-    from moespac.plan.model import PlannedModel
+    from moespac.plan.advise import Budgets, Option, Plan, Workload
+    from moespac.plan.draft import PlannedDraft
 
 
 def plan(
@@ -26,6 +30,23 @@ def plan(
             metavar="MODEL", help="A directory, or a model's id on the Hugging Face Hub (owner/name)."
         ),
     ],
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Plan for a draft model beside it: a directory, or an id on the Hub.",
+            show_default="none",
+        ),
+    ] = None,
+    accelerator_context: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="TOKENS",
+            help="Prompt and answer whose KV caches fit beside the experts: on the GPU, or in host memory without "
+            "one.",
+        ),
+    ] = DeviceConfig.context,
     hardware: Annotated[
         str | None,
         typer.Option(
@@ -37,6 +58,24 @@ def plan(
     format: Annotated[
         str | None,
         typer.Option(help="Of the experts: f32, bf16, int8 or int4.", show_default="the best"),
+    ] = None,
+    host_free: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Host memory that can be taken (20GiB, 500MB).",
+            show_default="what is free now; of another machine, "
+            f"{PlanConfig.host_free:.0%} of what its profile has",
+        ),
+    ] = None,
+    accelerator_free: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="The same of the GPU's memory.",
+            show_default="what is free now; of another machine, "
+            f"{PlanConfig.accelerator_free:.0%} of what its card has",
+        ),
     ] = None,
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure this machine anew (some seconds).")
@@ -51,9 +90,11 @@ def plan(
     """
     from rich.console import Console
 
+    from moespac import host_memory
     from moespac.errors import ConfigError
-    from moespac.plan.advise import make_plan
-    from moespac.plan.machine import named_machine, this_machine
+    from moespac.plan.advise import Workload, make_plan
+    from moespac.plan.draft import read_planned_draft
+    from moespac.plan.machine import named_machine, this_machine, with_free
     from moespac.plan.model import read_planned_model
 
     if measure and hardware is not None:
@@ -64,59 +105,87 @@ def plan(
         raise ConfigError(
             f"--format {format}: {model} can be had in {', '.join(found.formats)}; give one of them"
         )
+    beside = read_planned_draft(draft, model, found) if draft is not None else None
     if hardware is not None:
-        machine = named_machine(hardware)
+        machine = with_free(named_machine(hardware), host_free, accelerator_free, host_most=None)
     else:
         directory = Path(model) if Path(model).is_dir() else Path()
         with counting("measuring this machine") as progress:
             machine = this_machine(directory, measure, progress)
+        machine = with_free(machine, host_free, accelerator_free, host_memory.total_bytes())
+    work = Workload(found, beside, accelerator_context)
     with counting("predicting") as progress:
-        plan = make_plan(found, machine, format=format, progress=progress)
+        plan = make_plan(work, machine, format=format, progress=progress)
 
     console = Console(highlight=False)
-    _show(console, plan, found, machine)
+    _show(console, plan, work, draft)
     if file:
         file.write(plan.to_dict())
     if not plan.fits:
         raise typer.Exit(1)
 
 
-def _show(console, plan: Plan, model: PlannedModel, machine: Machine) -> None:
+def _show(console: Console, plan: Plan, work: Workload, draft: str | None) -> None:
+    """``draft``: as it was given."""
+
+    def line(label: str, text: str) -> None:
+        console.print(f"{label:12} {text}", markup=False)
+
     console.print(f"{plan.model} on {plan.machine}: {plan.verdict}", markup=False)
     if plan.option is None or plan.speed is None:
         return
-    speed, option = plan.speed, plan.option
+    speed, option, model = plan.speed, plan.option, work.model
     stored = (
         ""
         if model.stored_bytes is None
         else f"; as it is: {size(model.stored_bytes)} in {model.stored_format}"
     )
-    console.print(
-        f"speed        {speed.typical:.3g} tokens/s; {speed.low:.3g} to {speed.high:.3g}, without drafts"
-    )
-    console.print(
-        f"format       {option.format}, {size(option.experts_bytes)} of experts{stored}", markup=False
-    )
-    console.print(f"budgets      {_flags(option, model)}")
-    budgets = option.budgets
-    if budgets.needs is not None:
-        console.print(
-            f"accelerator  {size(machine.accelerator_bytes)} free: {size(budgets.trunk)} for the trunk, "
-            f"{budgets.needs}, {size(budgets.accelerator)} for experts"
-        )
+    line("speed", f"{speed.typical:.3g} tokens/s; {speed.low:.3g} to {speed.high:.3g}, without drafts")
+    if work.draft:
+        line("drafts", _drafts(plan, work.draft))
+    line("format", f"{option.format}, {size(option.experts_bytes)} of experts{stored}")
+    line("budgets", _flags(option, work, draft))
+    for label, text in _memory(plan, option.budgets, work):
+        line(label, text)
     if len(plan.options) > 1:
         console.print(_formats(plan))
     if plan.changes:
         console.print("What would help, and how many times as fast:")
         for change in plan.changes:
             console.print(f"  {change.factor:.2f}  {change.name}", markup=False)
-    elif not machine.hardware.has_accelerator:
+    elif not option.budgets.capacity.accelerator:
         console.print("Nothing tried here would help noticeably.")
 
 
-def _flags(option: Option, model: PlannedModel) -> str:
-    """As `moespac generate` takes them."""
-    total = model.layers * model.experts
+def _drafts(plan: Plan, draft: PlannedDraft) -> str:
+    """What the draft model may bring, as far as it can be said without a text."""
+    stored = "" if draft.stored_bytes is None else f" ({size(draft.stored_bytes)})"
+    speeds = ", ".join(f"{each.tokens_per_second:.3g} at {each.acceptance:.0%}" for each in plan.drafting)
+    return f"{draft.name}{stored}: tokens/s by how many it drafts are accepted, which depends on the text: {speeds}"
+
+
+def _memory(plan: Plan, budgets: Budgets, work: Workload) -> Iterator[tuple[str, str]]:
+    """How each memory is shared out."""
+    free, draft = plan.free, f", {size(budgets.draft)} for the draft model" if work.draft else ""
+    beside = f"{size(budgets.trunk)} for the trunk{draft}, {budgets.needs}"
+    context = f"KV caches: for {plan.context:,} tokens"
+    if budgets.capacity.accelerator:
+        yield (
+            "accelerator",
+            f"{size(free.accelerator)} free ({free.accelerator_source}): {beside}, "
+            f"{size(budgets.accelerator)} for experts; {context}",
+        )
+        yield "host", f"{size(free.host)} free ({free.host_source}): {size(budgets.host)} for experts"
+    else:
+        yield (
+            "host",
+            f"{size(free.host)} free ({free.host_source}): {beside}, {size(budgets.host)} for experts; {context}",
+        )
+
+
+def _flags(option: Option, work: Workload, draft: str | None) -> str:
+    """As `moespac generate` takes them; a draft model of the Hub is to be downloaded before."""
+    total = work.model.layers * work.model.experts
     capacity = option.budgets.capacity
 
     def amount(nbytes: int, slots: int) -> str:
@@ -125,6 +194,10 @@ def _flags(option: Option, model: PlannedModel) -> str:
     flags = f"--host-memory {amount(option.budgets.host, capacity.host)}"
     if capacity.accelerator:
         flags += f" --accelerator-memory {amount(option.budgets.accelerator, capacity.accelerator)}"
+        if work.context != DeviceConfig.context:
+            flags += f" --accelerator-context {work.context}"
+    if draft:
+        flags += f" --draft {shlex.quote(draft) if Path(draft).is_dir() else 'DIRECTORY'}"
     return flags
 
 
