@@ -12,7 +12,7 @@ import typer
 
 from moespac.cli.bars import counting
 from moespac.cli.files import JsonFile
-from moespac.cli.tables import size
+from moespac.cli.tables import rate, size
 from moespac.config import DeviceConfig, PlanConfig
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from moespac.plan.advise import Budgets, Option, Plan, Workload
-    from moespac.plan.draft import PlannedDraft
+    from moespac.plan.predict import Speed
+
+_LABELS = len("accelerator")
 
 
 def plan(
@@ -127,60 +129,73 @@ def plan(
 
 def _show(console: Console, plan: Plan, work: Workload, draft: str | None) -> None:
     """``draft``: as it was given."""
-
-    def line(label: str, text: str) -> None:
-        console.print(f"{label:12} {text}", markup=False)
+    from rich.table import Table
+    from rich.text import Text
 
     console.print(f"{plan.model} on {plan.machine}: {plan.verdict}", markup=False)
     if plan.option is None or plan.speed is None:
         return
-    speed, option, model = plan.speed, plan.option, work.model
-    stored = (
-        ""
-        if model.stored_bytes is None
-        else f"; as it is: {size(model.stored_bytes)} in {model.stored_format}"
-    )
-    line("speed", f"{speed.typical:.3g} tokens/s; {speed.low:.3g} to {speed.high:.3g}, without drafts")
-    if work.draft:
-        line("drafts", _drafts(plan, work.draft))
-    line("format", f"{option.format}, {size(option.experts_bytes)} of experts{stored}")
-    line("budgets", _flags(option, work, draft))
-    for label, text in _memory(plan, option.budgets, work):
-        line(label, text)
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(min_width=_LABELS)
+    rows.add_column(overflow="fold")
+    for label, text in _rows(plan, plan.option, plan.speed, work):
+        rows.add_row(label, Text(text))
+    console.print(rows)
+    # In one line, however long, to be copied.
+    console.print(f"{'flags':{_LABELS}}  {_flags(plan.option, work, draft)}", markup=False, soft_wrap=True)
     if len(plan.options) > 1:
         console.print(_formats(plan))
     if plan.changes:
         console.print("What would help, and how many times as fast:")
         for change in plan.changes:
             console.print(f"  {change.factor:.2f}  {change.name}", markup=False)
-    elif not option.budgets.capacity.accelerator:
+    else:
         console.print("Nothing tried here would help noticeably.")
 
 
-def _drafts(plan: Plan, draft: PlannedDraft) -> str:
-    """What the draft model may bring, as far as it can be said without a text."""
-    stored = "" if draft.stored_bytes is None else f" ({size(draft.stored_bytes)})"
-    speeds = ", ".join(f"{each.tokens_per_second:.3g} at {each.acceptance:.0%}" for each in plan.drafting)
-    return f"{draft.name}{stored}: tokens/s by how many it drafts are accepted, which depends on the text: {speeds}"
-
-
-def _memory(plan: Plan, budgets: Budgets, work: Workload) -> Iterator[tuple[str, str]]:
-    """How each memory is shared out."""
-    free, draft = plan.free, f", {size(budgets.draft)} for the draft model" if work.draft else ""
-    beside = f"{size(budgets.trunk)} for the trunk{draft}, {budgets.needs}"
-    context = f"KV caches: for {plan.context:,} tokens"
+def _rows(plan: Plan, option: Option, speed: Speed, work: Workload) -> Iterator[tuple[str, str]]:
+    model, free = work.model, plan.free
+    typical, low, high = (rate(each) for each in (speed.typical, speed.low, speed.high))
+    yield "speed", f"{typical} tokens/s without drafts; between {low} and {high}"
+    if work.draft:
+        stored = "" if work.draft.stored_bytes is None else f" ({size(work.draft.stored_bytes)})"
+        speeds = [
+            f"{rate(each.tokens_per_second)} tokens/s if {each.acceptance:.0%} of its drafts are accepted"
+            for each in plan.drafting
+        ]
+        yield "draft model", f"{work.draft.name}{stored}: {', '.join(speeds)}; that depends on the text"
+    stored = (
+        ""
+        if model.stored_bytes is None
+        else f"; as it is: {size(model.stored_bytes)} in {model.stored_format}"
+    )
+    yield "format", f"{option.format}, {size(option.experts_bytes)} of experts{stored}"
+    budgets = option.budgets
+    beside, reserve = _beside(budgets, work), size(PlanConfig.reserve_bytes)
     if budgets.capacity.accelerator:
         yield (
             "accelerator",
-            f"{size(free.accelerator)} free ({free.accelerator_source}): {beside}, "
-            f"{size(budgets.accelerator)} for experts; {context}",
+            f"{size(free.accelerator)} free ({free.accelerator_source}): {size(budgets.accelerator)} for experts, "
+            f"{beside}",
         )
-        yield "host", f"{size(free.host)} free ({free.host_source}): {size(budgets.host)} for experts"
-    else:
-        yield (
-            "host",
-            f"{size(free.host)} free ({free.host_source}): {beside}, {size(budgets.host)} for experts; {context}",
-        )
+        beside = f"{reserve} in reserve"
+    yield "host", f"{size(free.host)} free ({free.host_source}): {size(budgets.host)} for experts, {beside}"
+    if plan.measured:
+        yield "machine", f"measured on {plan.measured}; --measure measures it anew"
+
+
+def _beside(budgets: Budgets, work: Workload) -> str:
+    """What lies with the trunk."""
+    needs, longest = budgets.needs, work.model.kv_cache.longest or work.context
+    tokens = (
+        f"{work.context:,} tokens" if work.context <= longest else f"{longest:,} tokens (the model's most)"
+    )
+    draft = f"{size(budgets.draft)} for the draft model, " if work.draft else ""
+    graphs = f"{size(needs.graphs)} for CUDA graphs, " if needs.graphs else ""
+    return (
+        f"{size(budgets.trunk)} for the trunk, {draft}{size(needs.kv_cache)} for KV caches of {tokens}, "
+        f"{graphs}{size(needs.reserve)} in reserve"
+    )
 
 
 def _flags(option: Option, work: Workload, draft: str | None) -> str:
@@ -213,5 +228,5 @@ def _formats(plan: Plan) -> Table:
         accelerator, host = (
             f"{share / total:.0%}" for share in (option.budgets.accelerator, option.budgets.host)
         )
-        table.add_row(name, size(total), accelerator, host, f"{option.tokens_per_second:.3g}")
+        table.add_row(name, size(total), accelerator, host, rate(option.tokens_per_second))
     return table

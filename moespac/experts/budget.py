@@ -93,8 +93,8 @@ class DeviceNeeds:
         return max(free_bytes - self.total, 0)
 
     def __str__(self) -> str:
-        graphs = f", {_gb(self.graphs)} for CUDA graphs" if self.graphs else ""
-        return f"{_gb(self.kv_cache)} for KV caches{graphs} and {_gb(self.reserve)} in reserve"
+        kv_cache, graphs, reserve = map(_gb, (self.kv_cache, self.graphs, self.reserve))
+        return f"{kv_cache} for KV caches, {graphs} for CUDA graphs and {reserve} in reserve"
 
 
 def device_slots(budget: str, shape: ModelShape, free_bytes: int, needs: DeviceNeeds) -> int:

@@ -27,6 +27,7 @@ class Machine:
     accelerator_bytes: int
     host_source: str = "as given"  # where these figures come from, in a few words
     accelerator_source: str = "as given"
+    measured: str = ""  # the day on which a kept profile of this machine was
 
     @property
     def trunk_weight_bytes(self) -> int:
@@ -98,6 +99,7 @@ class Plan:
     model: str
     draft: str | None
     machine: str
+    measured: str  # the day on which a kept profile of this machine was
     context: int  # tokens
     free: Free
     verdict: str
@@ -132,6 +134,7 @@ def make_plan(
         model.name,
         work.draft.name if work.draft else None,
         machine.hardware.name,
+        machine.measured,
         work.context,
         Free(machine.host_bytes, machine.host_source, machine.accelerator_bytes, machine.accelerator_source),
         _why_not(work, machine, formats, config),
@@ -175,7 +178,11 @@ def _budgets(work: Workload, machine: Machine, format: str, config: PlanConfig) 
     """What is left for experts beside trunk and draft model; None when a tier that must hold one layer's cannot."""
     model = work.model
     record, total = model.record_bytes[format], model.layers * model.experts
-    needs, trunk, draft = _needs(work, machine, config), _trunk_bytes(model, machine), _draft_bytes(work, machine)
+    needs, trunk, draft = (
+        _needs(work, machine, config),
+        _trunk_bytes(model, machine),
+        _draft_bytes(work, machine),
+    )
     if machine.hardware.has_accelerator:
         host = max(machine.host_bytes - config.reserve_bytes, 0)
         accelerator = needs.room(machine.accelerator_bytes - trunk - draft)

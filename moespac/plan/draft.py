@@ -42,7 +42,9 @@ def read_planned_draft(source: str, target: str, model: PlannedModel) -> Planned
     with open_source(source) as found:
         config = check_draft_model(found.path, model.vocabulary, tokenizer)
         if getattr(config, "quantization_config", None) is not None:
-            raise DraftError(f"{source}: is quantised already; its memory is unknown: give the unquantised one")
+            raise DraftError(
+                f"{source}: is quantised already; its memory is unknown: give the unquantised one"
+            )
         held, embedding = count_weights(_on_meta(config, source))
         return PlannedDraft(found.name, found.stored_bytes, held, held - embedding, kv_cache(config, 2))
 

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import platformdirs
@@ -20,8 +21,6 @@ from moespac.plan.advise import Machine
 from moespac.sim.hardware import HardwareProfile, find_profile
 
 log = logging.getLogger(__name__)
-
-_GIVEN = "as given"
 
 
 def named_machine(source: str) -> Machine:
@@ -42,10 +41,13 @@ def this_machine(directory: Path, anew: bool, progress: Callable[[int, int], Non
     Raises ConfigError when it cannot be measured.
     """
     file = platformdirs.user_cache_path("moespac") / "hardware.json"
+    measured = ""
     hardware = None if anew else _kept(file)
     if hardware is None:
         hardware = _measure(directory, progress)
         _keep(file, hardware)
+    else:
+        measured = f"{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d}"
     left_to_others = 1 - PlanConfig().host_free
     return Machine(
         hardware,
@@ -53,6 +55,7 @@ def this_machine(directory: Path, anew: bool, progress: Callable[[int, int], Non
         _free_of_accelerator(hardware),
         f"now, less {left_to_others:.0%} of all for others",
         "now",
+        measured,
     )
 
 
@@ -67,7 +70,9 @@ def with_free(machine: Machine, host: str | None, accelerator: str | None, host_
         nbytes = parse_bytes(host, "--host-free")
         if host_most is not None and nbytes > host_most:
             raise ConfigError(f"--host-free {host}: {name} has {_gb(host_most)}; give at most that")
-        machine = replace(machine, host_bytes=nbytes, host_source=_GIVEN)
+        profile = machine.hardware.host_memory
+        more = f", more than its profile's {_gb(profile)}" if host_most is None and nbytes > profile else ""
+        machine = replace(machine, host_bytes=nbytes, host_source=f"as given{more}")
     if accelerator is not None:
         nbytes = parse_bytes(accelerator, "--accelerator-free")
         if not card:
@@ -77,7 +82,7 @@ def with_free(machine: Machine, host: str | None, accelerator: str | None, host_
                 f"--accelerator-free {accelerator}: {name} has {_gb(card)}; give at most that, or plan for a "
                 "machine with a larger card (--hardware)"
             )
-        machine = replace(machine, accelerator_bytes=nbytes, accelerator_source=_GIVEN)
+        machine = replace(machine, accelerator_bytes=nbytes, accelerator_source="as given")
     return machine
 
 

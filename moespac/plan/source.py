@@ -61,9 +61,7 @@ def _from_directory(path: Path) -> Source:
             raise  # there are weights, and something is wrong with them
         return Source(path.resolve().name, path, None, None)
     largest = max(entries.values(), key=lambda entry: entry.nbytes)
-    return Source(
-        path.resolve().name, path, sum(entry.nbytes for entry in entries.values()), largest.dtype
-    )
+    return Source(path.resolve().name, path, sum(entry.nbytes for entry in entries.values()), largest.dtype)
 
 
 def _from_hub(name: str, place: Path) -> Source:

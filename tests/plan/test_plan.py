@@ -167,7 +167,9 @@ def test_a_plan_by_hand(qwen: PlannedModel) -> None:
     plan = make_plan(Workload(qwen), LAPTOP, QUICK, format="int4")
     assert plan.fits and plan.option is not None and plan.tiers == ("host memory", "storage")
     free = LAPTOP.host_bytes - 4 * (qwen.trunk_weights + qwen.embedding_weights) - QUICK.reserve_bytes
-    free -= 48 * 2 * 4 * 128 * 4 * 8192 * 3 // 2  # layers, keys and values, heads, width, bytes, tokens, growing
+    free -= (
+        48 * 2 * 4 * 128 * 4 * 8192 * 3 // 2
+    )  # layers, keys and values, heads, width, bytes, tokens, growing
     slots = free // qwen.record_bytes[plan.option.format]
     assert plan.option.budgets.capacity == Capacity(slots, 0)
     factors = {change.name: change.factor for change in plan.changes}
