@@ -36,7 +36,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="MODEL",
-            help="Plan for a draft model beside it: a directory, or an id on the Hub.",
+            help="A draft model to have beside it: a directory, or an id on the Hub.",
             show_default="none",
         ),
     ] = None,
@@ -65,18 +65,16 @@ def plan(
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Host memory that can be taken (20GiB, 500MB).",
-            show_default="what is free now; of another machine, "
-            f"{PlanConfig.host_free:.0%} of what its profile has",
+            help="Host memory that is free: 20GiB, 500MB.",
+            show_default=f"as now; of another machine {PlanConfig.host_free:.0%} of all",
         ),
     ] = None,
     accelerator_free: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="The same of the GPU's memory.",
-            show_default="what is free now; of another machine, "
-            f"{PlanConfig.accelerator_free:.0%} of what its card has",
+            help="The same on the GPU.",
+            show_default=f"as now; of another machine {PlanConfig.accelerator_free:.0%} of all",
         ),
     ] = None,
     measure: Annotated[
@@ -88,7 +86,7 @@ def plan(
 
     Of the model only its configuration and the headers of its files are read. Exit code 1 if it does not fit.
 
-    Example: moespac plan Qwen/Qwen3-30B-A3B --hardware rtx4090-pcie4
+    Example: moespac plan Qwen/Qwen3-30B-A3B --draft Qwen/Qwen3-0.6B --hardware rtx4090-pcie4
     """
     from rich.console import Console
 
