@@ -92,6 +92,7 @@ def plan(
 
     from moespac import host_memory
     from moespac.errors import ConfigError
+    from moespac.experts.budget import parse_bytes
     from moespac.plan.advise import Workload, make_plan
     from moespac.plan.draft import read_planned_draft
     from moespac.plan.machine import named_machine, this_machine, with_free
@@ -99,6 +100,9 @@ def plan(
 
     if measure and hardware is not None:
         raise ConfigError("--measure is about this machine: leave out --hardware")
+    for amount, flag in ((host_free, "--host-free"), (accelerator_free, "--accelerator-free")):
+        if amount is not None:
+            parse_bytes(amount, flag)  # before anything is asked or measured
     file = JsonFile(json, "--json") if json else None
     found = read_planned_model(model)
     if format is not None and format not in found.formats:
@@ -157,11 +161,7 @@ def _rows(plan: Plan, option: Option, speed: Speed, work: Workload) -> Iterator[
     yield "speed", f"{typical} tokens/s without drafts; between {low} and {high}"
     if work.draft:
         stored = "" if work.draft.stored_bytes is None else f" ({size(work.draft.stored_bytes)})"
-        speeds = [
-            f"{rate(each.tokens_per_second)} tokens/s if {each.acceptance:.0%} of its drafts are accepted"
-            for each in plan.drafting
-        ]
-        yield "draft model", f"{work.draft.name}{stored}: {', '.join(speeds)}; that depends on the text"
+        yield "draft model", f"{work.draft.name}{stored}: {_by_acceptance(plan)}"
     stored = (
         ""
         if model.stored_bytes is None
@@ -180,6 +180,12 @@ def _rows(plan: Plan, option: Option, speed: Speed, work: Workload) -> Iterator[
     yield "host", f"{size(free.host)} free ({free.host_source}): {size(budgets.host)} for experts, {beside}"
     if plan.measured:
         yield "machine", f"measured on {plan.measured}; --measure measures it anew"
+
+
+def _by_acceptance(plan: Plan) -> str:
+    first, *others = ((rate(each.tokens_per_second), f"{each.acceptance:.0%}") for each in plan.drafting)
+    more = "".join(f", {speed} if {share}" for speed, share in others)
+    return f"{first[0]} tokens/s if {first[1]} of its drafts are accepted{more}; that depends on the text"
 
 
 def _beside(budgets: Budgets, work: Workload) -> str:

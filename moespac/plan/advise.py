@@ -102,7 +102,7 @@ class Plan:
     measured: str  # the day on which a kept profile of this machine was
     context: int  # tokens
     free: Free
-    verdict: str
+    verdict: str = ""
     tiers: tuple[str, ...] = ()  # that experts would lie in, the fastest first
     option: Option | None = None
     speed: Speed | None = None  # without drafts; a draft model has its memory nevertheless
@@ -137,10 +137,9 @@ def make_plan(
         machine.measured,
         work.context,
         Free(machine.host_bytes, machine.host_source, machine.accelerator_bytes, machine.accelerator_source),
-        _why_not(work, machine, formats, config),
     )
     if not fitting:
-        return answer
+        return replace(answer, verdict=_why_not(work, machine, formats, config))
     steps = len(fitting) + 8  # as many changes as there are, about
     options = []
     for each, budgets in fitting:
@@ -223,9 +222,15 @@ def _why_not(work: Workload, machine: Machine, formats: list[str], config: PlanC
             where, has, source = "accelerator", machine.accelerator_bytes, machine.accelerator_source
         else:
             needed = config.reserve_bytes + experts
+    alone = replace(work, draft=None)
+    hint = (
+        "; without the draft model it fits"
+        if any(_budgets(alone, machine, f, config) for f in formats)
+        else ""
+    )
     return (
         f"does not fit: everything but the experts, and one token's of them, need {needed / 1e9:.2f} GB of "
-        f"{where} memory, and {has / 1e9:.2f} GB are free ({source})"
+        f"{where} memory, and {has / 1e9:.2f} GB are free ({source}){hint}"
     )
 
 

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 
-import platformdirs
-
 from moespac import host_memory
-from moespac.atomic import write_atomically
 from moespac.config import MeasureConfig, PlanConfig
 from moespac.errors import ConfigError
 from moespac.experts.budget import parse_bytes
 from moespac.plan.advise import Machine
+from moespac.plan.kept import keep, read_kept
 from moespac.sim.hardware import HardwareProfile, find_profile
-
-log = logging.getLogger(__name__)
 
 
 def named_machine(source: str) -> Machine:
@@ -40,14 +33,10 @@ def this_machine(directory: Path, anew: bool, progress: Callable[[int, int], Non
 
     Raises ConfigError when it cannot be measured.
     """
-    file = platformdirs.user_cache_path("moespac") / "hardware.json"
-    measured = ""
-    hardware = None if anew else _kept(file)
-    if hardware is None:
-        hardware = _measure(directory, progress)
-        _keep(file, hardware)
-    else:
-        measured = f"{datetime.fromtimestamp(file.stat().st_mtime):%Y-%m-%d}"
+    kept = None if anew else read_kept()
+    hardware, measured = kept or (_measure(directory, progress), "")
+    if kept is None:
+        keep(hardware)
     left_to_others = 1 - PlanConfig().host_free
     return Machine(
         hardware,
@@ -86,27 +75,12 @@ def with_free(machine: Machine, host: str | None, accelerator: str | None, host_
     return machine
 
 
-def _kept(file: Path) -> HardwareProfile | None:
-    try:
-        return HardwareProfile.from_json(json.loads(file.read_bytes()))
-    except (OSError, ValueError, ConfigError):
-        return None  # not there, or of another version: measured anew
-
-
 def _measure(directory: Path, progress: Callable[[int, int], None]) -> HardwareProfile:
     from moespac.bench.machine import measure_machine, to_profile
 
     config = MeasureConfig.quick()
     place = directory if os.access(directory, os.W_OK) else Path()
     return to_profile("this machine", measure_machine(place, config, progress), config)
-
-
-def _keep(file: Path, hardware: HardwareProfile) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(hardware.to_json()).encode())
-    except OSError as error:
-        log.info("the profile of this machine is not kept (%s)", error)
 
 
 def _free_of_accelerator(hardware: HardwareProfile) -> int:

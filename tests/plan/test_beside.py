@@ -142,6 +142,8 @@ def test_what_does_not_fit_beside_a_draft_model(model: PlannedModel, draft: Plan
     plan = make_plan(Workload(model, draft), small, QUICK, "int4")
     needed = small.accelerator_bytes + 2 * WEIGHTS + 2 * KV_06B * 8192 * 1.5
     assert f"need {needed / 1e9:.2f} GB of accelerator memory" in plan.verdict
+    assert "without the draft model it fits" in plan.verdict
+    assert "without" not in make_plan(Workload(model), replace(CARD, accelerator_bytes=GIB), QUICK).verdict
 
 
 def test_what_the_engine_refuses_is_refused(target: str, model: PlannedModel, tmp_path: Path) -> None:
@@ -178,7 +180,7 @@ def test_of_a_draft_model_on_the_hub_only_configuration_and_headers_are_read(
     found = read_planned_draft("Qwen/Qwen3-0.6B", target, model)
     assert found == replace(draft, name="Qwen/Qwen3-0.6B", stored_bytes=2000) and asked == ["config.json"]
     save(tmp_path / "hub", QWEN3_06B, vocab_size=32000)
-    with pytest.raises(DraftError, match="the draft model at Qwen/Qwen3-0.6B has a vocabulary of 32000"):
+    with pytest.raises(DraftError, match=r"the draft model at Qwen/Qwen3-0\.6B has a vocabulary of 32000"):
         read_planned_draft("Qwen/Qwen3-0.6B", target, model)
 
 
@@ -251,7 +253,7 @@ def test_the_command_says_what_it_reckons_with(quick: None, tmp_path: Path) -> N
         f"--host-memory 100% --accelerator-memory 100% --accelerator-context 1000 --draft {DEMO / 'draft'}"
     )
     assert "2.15 GB free (as given)" in result.output and "30.9 GB free (assumed: 90% of" in result.output
-    assert "without drafts" in result.output and "tokens/s if 70% of its drafts are accepted" in result.output
+    assert "without drafts" in result.output and "tokens/s if 50% of its drafts are accepted" in result.output
     plan = json.loads(file.read_text())
     assert plan["draft"] == "draft" and plan["context"] == 1000
     assert plan["free"]["accelerator"] == 2 * GIB and plan["free"]["accelerator_source"] == "as given"
