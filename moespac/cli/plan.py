@@ -167,7 +167,10 @@ def _rows(plan: Plan, option: Option, speed: Speed, work: Workload) -> Iterator[
         if model.stored_bytes is None
         else f"; as it is: {size(model.stored_bytes)} in {model.stored_format}"
     )
-    yield "format", f"{option.format}, {size(option.experts_bytes)} of experts{stored}"
+    made = (
+        f"; `moespac pack --format {option.format}` makes it" if option.format != model.stored_format else ""
+    )
+    yield "format", f"{option.format}, {size(option.experts_bytes)} of experts{stored}{made}"
     budgets = option.budgets
     beside, reserve = _beside(budgets, work), size(PlanConfig.reserve_bytes)
     if budgets.capacity.accelerator:
@@ -223,14 +226,20 @@ def _flags(option: Option, work: Workload, draft: str | None) -> str:
 def _formats(plan: Plan) -> Table:
     from rich.table import Table
 
+    on_accelerator = any(option.budgets.accelerator for option in plan.options)
     table = Table(title="By format of the experts", title_justify="left")
-    for column in ("format", "all experts", "on the accelerator", "in host memory", "tokens/s"):
+    columns = ["format", "all experts", "in host memory", "tokens/s"]
+    if on_accelerator:
+        columns.insert(2, "on the accelerator")
+    for column in columns:
         table.add_column(column, justify="left" if column == "format" else "right")
     for option in plan.options:
-        total = option.experts_bytes
-        name = f"{option.format} *" if plan.option == option else option.format
-        accelerator, host = (
-            f"{share / total:.0%}" for share in (option.budgets.accelerator, option.budgets.host)
+        total, budgets = option.experts_bytes, option.budgets
+        tiers = (budgets.accelerator, budgets.host) if on_accelerator else (budgets.host,)
+        table.add_row(
+            f"{option.format} *" if plan.option == option else option.format,
+            size(total),
+            *(f"{share / total:.0%}" for share in tiers),
+            rate(option.tokens_per_second),
         )
-        table.add_row(name, size(total), accelerator, host, rate(option.tokens_per_second))
     return table

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import psutil
 
 from moespac import host_memory
 from moespac.config import MeasureConfig, PlanConfig
@@ -14,6 +17,8 @@ from moespac.experts.budget import parse_bytes
 from moespac.plan.advise import Machine
 from moespac.plan.kept import keep, read_kept
 from moespac.sim.hardware import HardwareProfile, find_profile
+
+log = logging.getLogger(__name__)
 
 
 def named_machine(source: str) -> Machine:
@@ -34,9 +39,10 @@ def this_machine(directory: Path, anew: bool, progress: Callable[[int, int], Non
     Raises ConfigError when it cannot be measured.
     """
     kept = None if anew else read_kept()
-    hardware, measured = kept or (_measure(directory, progress), "")
-    if kept is None:
-        keep(hardware)
+    if kept is not None:
+        hardware, measured = kept
+    else:
+        hardware, measured = _measure_and_keep(directory, progress), ""
     left_to_others = 1 - PlanConfig().host_free
     return Machine(
         hardware,
@@ -73,6 +79,22 @@ def with_free(machine: Machine, host: str | None, accelerator: str | None, host_
             )
         machine = replace(machine, accelerator_bytes=nbytes, accelerator_source="as given")
     return machine
+
+
+def _measure_and_keep(directory: Path, progress: Callable[[int, int], None]) -> HardwareProfile:
+    """Kept only if the machine had nothing else to do: else its speed was measured too low."""
+    config = MeasureConfig.quick()
+    busy = psutil.cpu_percent(config.busy_seconds) / 100
+    hardware = _measure(directory, progress)
+    if busy <= config.busy_share:
+        keep(hardware)
+    else:
+        log.warning(
+            "other programs took %.0f%% of the processor: this machine was measured too slow, and will be measured "
+            "again next time",
+            100 * busy,
+        )
+    return hardware
 
 
 def _measure(directory: Path, progress: Callable[[int, int], None]) -> HardwareProfile:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import date
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from moespac.sim.hardware import HardwareProfile, find_profile
 def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Directories that the machine was measured in; nothing is measured really."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 3.0)
     places: list[Path] = []
 
     def measure(directory: Path, progress: object) -> HardwareProfile:
@@ -57,6 +59,18 @@ def test_what_it_depends_on_has_changed(
     monkeypatch.setattr(owner, name, value)
     found()
     assert len(measured) == 2
+    found()
+    assert len(measured) == 2
+
+
+def test_what_a_busy_machine_measures_is_not_kept(
+    measured: list[Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 65.0)
+    found()
+    assert "other programs took 65% of the processor" in caplog.text
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: 3.0)
+    found()
     found()
     assert len(measured) == 2
 
