@@ -67,6 +67,11 @@ def size(nbytes: int) -> str:
     return f"{amount:.3g} {unit}"
 
 
+def rate(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+
+
 def _times(seconds: dict[str, float]) -> str:
     """Seconds by cause, the largest first, with their shares of the total."""
     causes = {cause: spent for cause, spent in seconds.items() if cause != "total"}

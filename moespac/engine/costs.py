@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from moespac.errors import MoespacError
 from moespac.experts.calibrate import Workbench
 from moespac.experts.out_of_memory import is_out_of_memory
 from moespac.policy.cost import MeasuredCosts
+from moespac.processor import describe_processor
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ def _key(bench: Workbench, fingerprint: str) -> dict[str, Any]:
         "accelerator": _device(computers.accelerator.device),
         "accelerator_slots": min(len(computers.accelerator.arena), CalibrationConfig.experts_most),
         "page_locked": computers.accelerator.page_locked,
-        "processor": _processor(),
+        "processor": describe_processor(),
         "threads": computers.host_threads,
         "kernel": computers.kernel.isa if computers.kernel else "torch",
         "model": fingerprint,
@@ -77,15 +77,6 @@ def _driver() -> str:
         return Path("/sys/module/nvidia/version").read_text().strip()
     except OSError:
         return str(torch.version.cuda)
-
-
-def _processor() -> list[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    return [name, str(os.cpu_count())]
 
 
 def _read(file: Path, key: dict[str, Any]) -> MeasuredCosts | None:

@@ -30,6 +30,15 @@ _UNITS |= {
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*")
 
 
+def parse_bytes(amount: str, flag: str, write: str = '"20GiB" or "500MB"') -> int:
+    """Bytes of a number with an optional unit. Raises ConfigError: what ``flag`` is, what to ``write`` instead."""
+    match = _QUANTITY.fullmatch(amount)
+    unit = match.group(2).lower() if match else None
+    if match is None or unit not in _UNITS or math.isinf(float(match.group(1)) * _UNITS[unit]):
+        raise ConfigError(f"{flag} {amount}: not an amount of memory; write {write}")
+    return int(float(match.group(1)) * _UNITS[unit])
+
+
 def slots_for(budget: str, shape: ModelShape, available_bytes: int, flag: str) -> int:
     """How many records ``budget`` holds, at most all of them.
 
@@ -38,18 +47,10 @@ def slots_for(budget: str, shape: ModelShape, available_bytes: int, flag: str) -
     """
     if budget == "auto":
         slots = available_bytes // shape.record_bytes
+    elif (match := _QUANTITY.fullmatch(budget)) and match.group(2) == "%":
+        slots = math.floor(shape.total * min(float(match.group(1)), 100) / 100 + 1e-9)
     else:
-        match = _QUANTITY.fullmatch(budget)
-        unit = match.group(2).lower() if match else None
-        if match is None or (unit != "%" and unit not in _UNITS):
-            raise ConfigError(
-                f'{flag} {budget}: not an amount of memory; write "25%", "2GiB", "500MB" or "auto"'
-            )
-        amount = float(match.group(1))
-        if unit == "%":
-            slots = math.floor(shape.total * amount / 100 + 1e-9)
-        else:
-            slots = int(amount * _UNITS[unit]) // shape.record_bytes
+        slots = parse_bytes(budget, flag, '"25%", "2GiB", "500MB" or "auto"') // shape.record_bytes
     if slots < 1:
         least = math.ceil(shape.record_bytes / 2**10)
         percent = math.ceil(1e4 / shape.total) / 100

@@ -31,7 +31,7 @@ class Case:
     hardware: HardwareProfile
     model: SimModel
     capacity: Capacity
-    drafter: bool = False  # a draft model; without it nothing is drafted
+    acceptance: float | None = None  # of a draft model's drafts; None: nothing is drafted
 
 
 def predict_speed(case: Case, config: PlanConfig) -> Speed:
@@ -50,8 +50,8 @@ def predict(case: Case, config: PlanConfig, locality: SyntheticConfig | None = N
         part.hardware,
         part.model,
         part.capacity,
-        window=config.drafter_window if case.drafter else 0,
-        acceptance=config.drafter_acceptance,
+        window=0 if case.acceptance is None else config.drafter_window,
+        acceptance=case.acceptance or 0.0,
     )
     seconds = simulate(trace, MoeSpacPolicy.name, setting).seconds_per_token
     return part.model.layers / case.model.layers / seconds

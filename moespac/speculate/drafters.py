@@ -222,8 +222,24 @@ def load_draft_model(
 ) -> PreTrainedModel:
     """The draft model at ``path``, in evaluation mode on the CPU.
 
+    Raises DraftError as ``check_draft_model``, before any weights are read, and when they cannot be read.
+    """
+    check_draft_model(path, target_vocab_size, target_tokenizer)
+    with _mapped_errors(path):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    model, report = loaded
+    if missing := report["missing_keys"]:
+        raise DraftError(f"the draft model at {path} lacks {len(missing)} tensors: download it again")
+    return model.eval()
+
+
+def check_draft_model(
+    path: str | Path, target_vocab_size: int, target_tokenizer: PreTrainedTokenizerBase | None
+) -> PreTrainedConfig:
+    """The configuration of the draft model at ``path``; weights need not be there.
+
     Raises DraftError when there is none, it cannot be read, its tokens are not the target's, or its cache
-    cannot be taken back after a rejection. A model that does not fit is refused before its weights are read.
+    cannot be taken back after a rejection.
     """
     if not Path(path).is_dir():
         raise DraftError(f"no draft model at {path}: give the directory of a Hugging Face checkpoint")
@@ -233,12 +249,7 @@ def load_draft_model(
         tokenizer = AutoTokenizer.from_pretrained(path) if any(Path(path).glob("tokenizer*")) else None
     _check_rewindable(config, path)
     _check_vocabulary(config, tokenizer, target_vocab_size, target_tokenizer, path)
-    with _mapped_errors(path):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    model, report = loaded
-    if missing := report["missing_keys"]:
-        raise DraftError(f"the draft model at {path} lacks {len(missing)} tensors: download it again")
-    return model.eval()
+    return config
 
 
 @contextmanager

@@ -74,7 +74,7 @@ def test_the_second_load_knows_what_the_first_measured(cache: Path, checkpoint: 
         assert (model.link, model.storage) == (kept["link"], kept["storage"])
 
 
-@pytest.mark.parametrize("what", ["_driver", "_processor", "_device"])
+@pytest.mark.parametrize("what", ["_driver", "describe_processor", "_device"])
 def test_another_machine_is_measured_again(
     cache: Path, checkpoint: Path, measured: list, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +101,7 @@ def test_other_records_and_threads_are_measured_again(
     load(tmp_path / "int8")
     assert len(measured) == 2
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
-    monkeypatch.setattr(costs, "_processor", lambda: ["the kernel may be torch, which has one worker"])
+    monkeypatch.setattr(costs, "describe_processor", lambda: ["the kernel may be torch, which has one worker"])
     load(checkpoint)
     assert len(measured) == 3
 

@@ -20,7 +20,7 @@ from moespac.errors import ModelError
 from moespac.experts.budget import DeviceNeeds, device_slots
 from moespac.experts.pack import pack
 from moespac.plan import advise
-from moespac.plan.advise import Machine, make_plan
+from moespac.plan.advise import Machine, Workload, make_plan
 from moespac.plan.machine import named_machine
 from moespac.plan.model import PlannedModel, read_planned_model
 from moespac.plan.predict import Case, predict, predict_speed
@@ -164,16 +164,19 @@ def test_the_range_holds_the_typical_speed(qwen: PlannedModel) -> None:
 
 
 def test_a_plan_by_hand(qwen: PlannedModel) -> None:
-    plan = make_plan(qwen, LAPTOP, QUICK, format="int4")
+    plan = make_plan(Workload(qwen), LAPTOP, QUICK, format="int4")
     assert plan.fits and plan.option is not None and plan.tiers == ("host memory", "storage")
     free = LAPTOP.host_bytes - 4 * (qwen.trunk_weights + qwen.embedding_weights) - QUICK.reserve_bytes
+    free -= (
+        48 * 2 * 4 * 128 * 4 * 8192 * 3 // 2
+    )  # layers, keys and values, heads, width, bytes, tokens, growing
     slots = free // qwen.record_bytes[plan.option.format]
     assert plan.option.budgets.capacity == Capacity(slots, 0)
     factors = {change.name: change.factor for change in plan.changes}
     assert factors["twice the host memory"] > 1.02
     assert list(factors.values()) == sorted(factors.values(), reverse=True)
     bigger = make_plan(
-        qwen, replace(LAPTOP, host_bytes=2 * LAPTOP.host_bytes), QUICK, format=plan.option.format
+        Workload(qwen), replace(LAPTOP, host_bytes=2 * LAPTOP.host_bytes), QUICK, format=plan.option.format
     )
     assert bigger.option is not None
     gain = bigger.option.tokens_per_second / plan.option.tokens_per_second
@@ -182,7 +185,7 @@ def test_a_plan_by_hand(qwen: PlannedModel) -> None:
 
 def test_an_accelerators_memory_by_hand(qwen: PlannedModel) -> None:
     machine = named_machine("rtx3060-12gb")
-    plan = make_plan(qwen, machine, QUICK, format="int4")
+    plan = make_plan(Workload(qwen), machine, QUICK, format="int4")
     assert plan.option is not None and plan.tiers[0] == "accelerator memory"
     budgets, config = plan.option.budgets, DeviceConfig()
     assert budgets.trunk == 2 * (qwen.trunk_weights + qwen.embedding_weights)
@@ -194,14 +197,14 @@ def test_an_accelerators_memory_by_hand(qwen: PlannedModel) -> None:
     shape = qwen.to_sim_model("int4", 2).to_model_shape()
     assert budgets.capacity.accelerator == device_slots("auto", shape, free, budgets.needs) > 0
     full = replace(machine, accelerator_bytes=budgets.trunk + budgets.needs.total)
-    assert "GB of accelerator memory" in make_plan(qwen, full, QUICK, format="int4").verdict
+    assert "GB of accelerator memory" in make_plan(Workload(qwen), full, QUICK, format="int4").verdict
 
 
 def test_what_does_not_fit_says_how_much_is_missing(qwen: PlannedModel) -> None:
     small = Machine(LAPTOP.hardware, host_bytes=2 << 30, accelerator_bytes=0)
-    plan = make_plan(qwen, small, QUICK)
+    plan = make_plan(Workload(qwen), small, QUICK)
     assert not plan.fits and plan.speed is None
-    assert "does not fit" in plan.verdict and "2.15 GB are to be had" in plan.verdict
+    assert "does not fit" in plan.verdict and "2.15 GB are free (as given)" in plan.verdict
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
