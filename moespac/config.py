@@ -19,6 +19,10 @@ class MemoryConfig:
     )
     readers: int = 4  # storage reads at once: 4-8 reach the disk's bandwidth, more do not (docs/log.md)
     read_ahead: int = 2  # reads in flight before more are prefetched: the disk is busy, a miss waits for few
+    stripe_bytes: int = (
+        1 << 20
+    )  # of a record, read at once: two already keep a disk of 2 GB/s busy, and what waits overtakes
+    stripes_ahead: int = 2  # of speculative reads at once; a read that a layer waits for has all readers
     queue_depth: int = 8  # copies to the accelerator in flight: one copies, the others wait their turn
     read_retries: int = 2  # a read that fails is tried this often again before StorageError
     asynchronous: bool = True  # False: the synchronous twin, every transfer completes where it is issued

@@ -23,7 +23,9 @@ def validate(
     ] = Path(),
     factor: Annotated[int, typer.Option(min=1, help="How many times as wide the experts become.")] = 16,
     tokens: Annotated[int, typer.Option(min=2, help="Generated for each prompt.")] = 64,
-    rounds: Annotated[int, typer.Option(min=1, help="Runs of each case; the one of median error counts.")] = 3,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Runs of each case; the one of median error counts.")
+    ] = 3,
     quick: Annotated[bool, typer.Option("--quick", help="Measure the machine in seconds only.")] = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the table here.")] = None,
 ) -> None:

@@ -25,8 +25,10 @@ from moespac.experts.compute import ExpertMath
 from moespac.experts.devices import Computers
 from moespac.experts.grouped import GroupedExperts
 from moespac.experts.kernels.host import HostKernel
+from moespac.experts.kernels.library import load_library
 from moespac.experts.manifest import is_pack
 from moespac.experts.movers import LinkCopier, StorageReader, host_arena
+from moespac.experts.native_reader import NativeReader
 from moespac.experts.open_accelerator import open_accelerator
 from moespac.experts.runtime import ExpertRuntime, OffloadedExperts
 from moespac.experts.store import CheckpointStore, ExpertStore, PackedStore
@@ -42,6 +44,7 @@ from moespac.model.skeleton import Skeleton, build_skeleton
 from moespac.model.trunk import open_trunk
 from moespac.policy.registry import make_policy
 from moespac.schedule.memory import ExpertMemory
+from moespac.schedule.native import NativeMemory
 from moespac.schedule.stats import PassClock
 from moespac.speculate.drafters import (
     Drafter,
@@ -186,7 +189,6 @@ def _build_runtime(
     memory, shape, bell = config.memory, store.shape, Bell()
     capacity = _capacity(memory, shape, device, needs)
     arena = host_arena(capacity.host, shape.record_bytes)
-    reader = StorageReader(store, arena, memory, bell, clock.tape)
     accelerator = link = None
     if capacity.accelerator:
         slots = capacity.accelerator
@@ -200,6 +202,12 @@ def _build_runtime(
     computers = Computers(math, kernel, arena, accelerator, threads if kernel else 1, grouped, job_kernels)
     policy = make_policy(config.policy, shape, capacity, config.method)
     costs = None
+    library = load_library() if kernel else None
+    if library is not None and accelerator is None and memory.asynchronous:
+        reads = NativeReader(library, store, arena, memory)
+        tiers: ExpertMemory = NativeMemory(shape, capacity, reads, memory, policy.costs, clock.tape)
+        return ExpertRuntime(store, tiers, policy, computers, routers, clock)
+    reader = StorageReader(store, arena, memory, bell, clock.tape)
     if accelerator is not None and link is not None and not accelerator.stands_in:
         bench = Workbench(store, reader, link, computers, bell, skeleton.hidden_size, dtype)
         costs = known_costs(bench, parts.fingerprint, config.calibration)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from moespac.config import MemoryConfig
 from moespac.errors import StorageError
@@ -54,19 +56,22 @@ class StorageReader:
         self.store.close()
 
     def _read(self, expert: int, slot: int) -> None:
-        """Raises StorageError when the retries are used up; a corrupt record (CheckpointError) is not retried."""
-        buffer = self._arena[slot].numpy()
-        for attempts_left in range(self._retries, -1, -1):
-            try:
-                self.store.read_into(expert, buffer)
-                return
-            except OSError as error:
-                if attempts_left == 0:
-                    layer, number = divmod(expert, self.store.shape.experts)
-                    raise StorageError(
-                        f"reading expert {number} of MoE layer {layer} failed {self._retries + 1} times "
-                        f"({error}); check the disk, then try again"
-                    ) from error
+        read_record(self.store, expert, self._arena[slot].numpy(), self._retries)
+
+
+def read_record(store: ExpertStore, expert: int, buffer: NDArray[np.uint8], retries: int) -> None:
+    """Raises StorageError when the retries are used up; a corrupt record (CheckpointError) is not retried."""
+    for attempts_left in range(retries, -1, -1):
+        try:
+            store.read_into(expert, buffer)
+            return
+        except OSError as error:
+            if attempts_left == 0:
+                layer, number = divmod(expert, store.shape.experts)
+                raise StorageError(
+                    f"reading expert {number} of MoE layer {layer} failed {retries + 1} times "
+                    f"({error}); check the disk, then try again"
+                ) from error
 
 
 class LinkCopier:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moespac.experts.devices import Computers, Groups, LayerTensors
-from moespac.experts.kernels.passes import Computed, HostExperts
+from moespac.experts.kernels.passes import Computed, HostExperts, PassOrder
 from moespac.experts.resident import ResidentExperts
 from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
@@ -22,6 +22,7 @@ from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
 from moespac.schedule.jobs import Jobs
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.memory import ExpertMemory, Retention
+from moespac.schedule.native import NativeMemory
 from moespac.schedule.stats import ExpertStats, PassClock, TierStats
 from moespac.timeline import expert_names
 from moespac.types import NO_IDS, Observation, Placement, Window
@@ -68,7 +69,8 @@ class ExpertRuntime:
         if computers.kernel is not None:
             grid = (store.shape.layers, store.shape.experts)
             where, ready = memory.host.slots_of.reshape(grid), memory.host.ready.reshape(grid)
-            self._host_experts = HostExperts(computers.kernel, computers.host, where, ready)
+            books = memory.address if isinstance(memory, NativeMemory) else None
+            self._host_experts = HostExperts(computers.kernel, computers.host, where, ready, books)
 
     @property
     def latest_routing(self) -> list[NDArray[np.int64]]:
@@ -174,34 +176,53 @@ class ExpertRuntime:
         passes = self.policy.lets_hits_pass and not self._asks_next_gate
         return self._host_experts if passes or self.memory.all_at_hand else None
 
+    def pass_order(self) -> PassOrder | None:
+        """What makes way for experts that a layer misses, so that it need not ask; None where it must."""
+        if not isinstance(self.memory, NativeMemory) or self.memory.all_at_hand:
+            return None
+        retention = self.policy.pass_retention()
+        return None if retention is None else PassOrder(retention)
+
     @property
     def layers_in_peace(self) -> int | None:
-        """So many may run before transfers must be looked after; None: there are none."""
-        return 1 if self.memory.moves else None
+        """So many may run before transfers must be looked after; None: there are none, or the library does it."""
+        return 1 if self.memory.moves and not isinstance(self.memory, NativeMemory) else None
 
-    def computed(self, computed: Computed, began: float) -> None:
-        """Layers ran without asking, in a call that began then on the clock."""
-        first = len(self._routing)
-        self._routing.extend(computed.index)
-        if self.recorder is not None:
-            self._weights.extend(computed.shares)
-        self._account(computed.spans, first, began)
-        if not self._prefills:
-            hits = int(computed.spans[:, 0].sum())
-            self.stats.host.count(hits, hits)
-        if self.memory.moves:
+    def advanced(self, computed: Computed | None, began: float) -> None:
+        """A call that began then on the clock ran these layers without asking. Raises what their reads raised."""
+        if computed is not None:
+            self._account(computed, began)
+        if isinstance(self.memory, NativeMemory):
+            self.memory.settle()
+        elif computed is not None and self.memory.moves:
             with self.clock.measure("decide"):
                 self._look_after_transfers(len(self._routing) - 1)
 
-    def _account(self, spans: NDArray[np.float64], first: int, began: float) -> None:
-        """The time of layers from ``first`` on, as ``Computed`` has it: one by one where somebody looks on."""
-        if self.clock.tape.record is None:
-            self.clock.was_spent_on("host_experts", began + spans[0, 1], float(spans[:, 2].sum()))
-        else:
-            for layer, (_, start, seconds, _, _) in enumerate(spans.tolist(), first):
-                self.clock.was_spent_on("host_experts", began + start, seconds, self._names(layer))
+    def _account(self, computed: Computed, began: float) -> None:
+        """For their routing, their time, and what they found."""
+        self._routing.extend(computed.index)
+        if self.recorder is not None:
+            self._weights.extend(computed.shares)
+        self._account_time(computed.slices, began)
+        active, hits, seconds, tokens = computed.spans.T
+        if not self._prefills:
+            self.stats.host.count(int(hits.sum()), int(active.sum()))
         if not self.memory.all_at_hand:
-            self.policy.costs.observe_host_experts(spans[:, 4].astype(np.int64), spans[:, 3])
+            self.policy.costs.observe_host_experts(tokens.astype(np.int64), seconds)
+
+    def _account_time(self, slices: NDArray[np.float64], began: float) -> None:
+        """One by one where somebody looks on; or else all that belong to a cause at once."""
+        causes = ("host_experts", "wait_for_experts")
+        if self.clock.tape.record is not None:
+            for layer, waiting, start, seconds in slices.tolist():
+                name = None if waiting else self._names(int(layer))
+                self.clock.was_spent_on(causes[int(waiting)], began + start, seconds, name)
+            return
+        waited = float(slices[:, 3] @ slices[:, 1])
+        start = began + float(slices[0, 2])
+        for cause, seconds in zip(causes, (float(slices[:, 3].sum()) - waited, waited), strict=True):
+            self.clock.was_spent_on(cause, start, seconds)
+            start += seconds
 
     def _look_after_transfers(self, layer: int) -> None:
         """As often as a layer that asks does, before and after it computes."""

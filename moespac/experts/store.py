@@ -61,7 +61,8 @@ class PackedStore:
         self._fd = os.open(self._file, os.O_RDONLY)
         self._direct_fd = _open_direct(self._file)
         self.direct = self._direct_fd is not None
-        self._verified = np.zeros(self.shape.total, dtype=bool)  # a race only verifies a record twice
+        # (layers * experts,) whose checksum was seen to be right; a race only verifies a record twice.
+        self.verified = np.zeros(self.shape.total, dtype=bool)
         if not self.direct:
             log.info("%s: the file system has no direct reads; reading through the page cache", path)
 
@@ -73,8 +74,8 @@ class PackedStore:
             fd = self._direct_fd
         if _read(fd, view, int(flat_id) * self.layout.nbytes) < view.nbytes:
             raise CheckpointError(f"{self._file}: truncated in {_name(flat_id, self.shape)}; pack again")
-        if not self._verified[flat_id]:
-            self._verify(flat_id, view)
+        if not self.verified[flat_id]:
+            self.verify(flat_id, buffer)
 
     def close(self) -> None:
         descriptors = [fd for fd in (self._fd, self._direct_fd) if fd is not None and fd >= 0]
@@ -86,10 +87,16 @@ class PackedStore:
         how = "direct" if self.direct else "buffered"
         return f"{self.shape.total} packed {self.manifest.format} records of {_mib(self.layout)}, {how} reads"
 
-    def _verify(self, flat_id: int, record: memoryview) -> None:
-        if xxhash.xxh3_64_intdigest(record) != self.manifest.checksums[flat_id]:
+    @property
+    def descriptor(self) -> int:
+        """Of the file of records, one after the other by flat id; reads into memory that is aligned to pages."""
+        return self._fd if self._direct_fd is None else self._direct_fd
+
+    def verify(self, flat_id: int, record: Buffer) -> None:
+        """Look at a record that was read for the first time. Raises CheckpointError when it is corrupt."""
+        if xxhash.xxh3_64_intdigest(record.data) != self.manifest.checksums[flat_id]:
             raise CheckpointError(f"{self._file}: {_name(flat_id, self.shape)} is corrupt; pack again")
-        self._verified[flat_id] = True
+        self.verified[flat_id] = True
 
 
 class CheckpointStore:

@@ -32,7 +32,7 @@ from moespac.experts.kernels.decoder import (
     Router,
 )
 from moespac.experts.kernels.library import DecoderShape
-from moespac.experts.kernels.passes import Computed, HostExperts, Routed
+from moespac.experts.kernels.passes import Computed, HostExperts, PassOrder, Routed
 
 log = logging.getLogger(__name__)
 
@@ -182,8 +182,11 @@ class ExpertsInMemory(Protocol):
     def in_host_memory(self) -> HostExperts | None:
         """Where they are; None while every layer must ask."""
 
-    def computed(self, computed: Computed, began: float) -> None:
-        """Layers were, without asking, by a call that began then on ``time.perf_counter``."""
+    def pass_order(self) -> PassOrder | None:
+        """What makes way for experts that a layer of the pass to come misses; None: such a layer must ask."""
+
+    def advanced(self, computed: Computed | None, began: float) -> None:
+        """A call that began then on ``time.perf_counter`` computed these layers without asking."""
 
 
 class LeanTrunk:
@@ -252,13 +255,15 @@ class LeanTrunk:
         keep: int,
     ) -> torch.Tensor:
         experts = self._experts
-        run = native.begin(tokens, keep, store, start, rotary, experts.in_host_memory() if experts else None)
+        found, order = (experts.in_host_memory(), experts.pass_order()) if experts else (None, None)
+        run = native.begin(tokens, keep, store, start, rotary, found, order)
         with _one_torch_thread():
             while not run.over:
                 began = time.perf_counter()
                 routed = run.advance(experts.layers_in_peace if experts else None)
-                if experts and (computed := run.computed()):
-                    experts.computed(computed, began)
+                if experts:
+                    experts.advanced(run.computed(), began)
+                assert not run.broken, "whose experts they are has raised why"
                 if routed is not None:
                     run.give(self.layers[routed.layer].experts(routed))
         return run.logits

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from enum import Enum
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,22 @@ class Sensor(Enum):
     NEXT_GATE = "the next layer's gate, applied to this layer's hidden states"
     DRAFT_ROUTING = "the routing that the drafter's own hidden states suggest for the window"
     FUTURE = "all routing to come: a bound, not a system; only where a trace is replayed"
+
+
+class PassRetention(NamedTuple):
+    """``retention("host", layer)`` of all layers of a pass at once: an expert is worth ``ran`` once its layer has
+    run, ``runs`` while it runs, and ``to_come`` before; (layers * experts,) both."""
+
+    ran: NDArray[np.float64]
+    to_come: NDArray[np.float64]
+    runs: float
+
+    def at(self, layer: int, experts: int) -> NDArray[np.float64]:
+        """While ``layer`` runs (-1: before the first), in layers of so many ``experts``."""
+        value = np.concatenate([self.ran[: (layer + 1) * experts], self.to_come[(layer + 1) * experts :]])
+        if layer >= 0:
+            value[layer * experts : (layer + 1) * experts] = self.runs
+        return value
 
 
 class Policy(ABC):
@@ -74,6 +90,11 @@ class Policy(ABC):
         """The value of keeping each expert in ``tier``, (layers * experts,), while ``layer`` runs (-1:
         between passes). The resident expert with the lowest value is the next victim; a prefetch never evicts
         an expert worth as much as itself or more."""
+
+    def pass_retention(self) -> PassRetention | None:
+        """What ``retention`` will say of host memory in the pass to come, whatever its layers show. None: it does
+        not know, or there is more to ask in a layer than what makes way; then each layer asks."""
+        return None
 
     def observe(self, observation: Observation) -> None:
         """Learn from a completed pass. By default nothing."""

@@ -20,7 +20,7 @@ from moespac.policy.balance import (
     host_costs,
     slots_needed,
 )
-from moespac.policy.base import Policy, TierName
+from moespac.policy.base import PassRetention, Policy, TierName
 from moespac.policy.copies import worth_copying
 from moespac.policy.cost import CostModel
 from moespac.policy.sensors import DemandSensor, Rates
@@ -92,13 +92,16 @@ class MoeSpacPolicy(Policy):
         """
         if tier == "accelerator" and self.capacity.accelerator:
             return self._saved(ran=layer + 1)
-        runs, to_come = layer * self.shape.experts, (layer + 1) * self.shape.experts
-        value = np.concatenate([self._later[:to_come], self._now[to_come:]])
+        later, now = self._later, self._now
         if tier == "host" and self.capacity.accelerator:
-            value *= self._worth_in_host
-        if layer >= 0:
-            value[runs:to_come] = self._beyond
-        return value
+            later, now = later * self._worth_in_host, now * self._worth_in_host
+        return PassRetention(later, now, self._beyond).at(layer, self.shape.experts)
+
+    def pass_retention(self) -> PassRetention | None:
+        """With one device there is nothing else to ask."""
+        if self.capacity.accelerator:
+            return None
+        return PassRetention(self._later, self._now, self._beyond)
 
     def observe(self, observation: Observation) -> None:
         """Teach the sensors; where nobody plans (stock generate), expect what the averages say."""

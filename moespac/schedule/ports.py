@@ -61,3 +61,13 @@ class Devices(Protocol):
     ) -> Ticket:
         """Start a job that runs these experts, in this order; ``name`` is what a timeline shows."""
         ...
+
+
+class NativeReads(Bell, Protocol):
+    """Reads from storage that native code begins and collects (csrc/reads.c); rings when one is over."""
+
+    address: int  # of the library's own ``Reads``
+    errors: dict[int, Exception]  # by expert, of those that failed, until somebody takes them out
+    lanes: list[str]  # what a timeline calls who reads
+
+    def close(self) -> None: ...

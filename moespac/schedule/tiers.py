@@ -25,6 +25,19 @@ class Move(NamedTuple):
     target: int
 
 
+class Books(NamedTuple):
+    """The arrays of a tier, live: for native code that keeps them too. csrc/host_memory.h has the same names."""
+
+    ready: NDArray[np.bool_]
+    filling: NDArray[np.bool_]
+    slot_of: NDArray[np.int64]
+    expert_in: NDArray[np.int64]
+    state: NDArray[np.uint8]
+    pins: NDArray[np.int64]
+    free: NDArray[np.int64]
+    counts: NDArray[np.int64]
+
+
 class Tier:
     """The books of ``slots`` records. ``total`` experts exist in the model.
 
@@ -37,13 +50,23 @@ class Tier:
         self.record_bytes = record_bytes
         self.ready = np.zeros(total, dtype=bool)
         self.filling = np.zeros(total, dtype=bool)
-        self.peak_slots = 0
         self._most_slots = slots  # the budget, before any of it was given back
         self._slot_of = np.full(total, NOWHERE, dtype=np.int64)
         self._expert_in = np.full(self.slots, NOWHERE, dtype=np.int64)
         self._state = np.full(self.slots, FREE, dtype=np.uint8)
         self._pins = np.zeros(self.slots, dtype=np.int64)
-        self._free = list(range(self.slots - 1, -1, -1))
+        self._free = np.arange(self.slots - 1, -1, -1, dtype=np.int64)  # the first ``_counts[0]`` of them
+        self._counts = np.array([self.slots, 0], dtype=np.int64)  # slots free; the most that were in use
+
+    @property
+    def books(self) -> Books:
+        """Until it shrinks."""
+        lists = (self._slot_of, self._expert_in, self._state, self._pins, self._free, self._counts)
+        return Books(self.ready, self.filling, *lists)
+
+    @property
+    def peak_slots(self) -> int:
+        return int(self._counts[1])
 
     @property
     def peak_bytes(self) -> int:
@@ -66,17 +89,18 @@ class Tier:
         False when every slot is in use, or when the victim is worth ``worth`` or more (None: it has to go).
         """
         assert self._slot_of[expert] == NOWHERE, "an expert has at most one slot"
-        if not self._free:
+        if not self._counts[0]:
             victim = self._victim(retention)
             if victim == NOWHERE or (worth is not None and retention[victim] >= worth):
                 return False
             self.evict(victim)
-        slot = self._free.pop()
+        free = self._counts[0] = self._counts[0] - 1
+        slot = int(self._free[free])
         self._slot_of[expert] = slot
         self._expert_in[slot] = expert
         self._state[slot] = FILLING
         self.filling[expert] = True
-        self.peak_slots = max(self.peak_slots, self.slots - len(self._free))
+        self._counts[1] = max(self._counts[1], self.slots - free)
         return True
 
     def commit(self, expert: int) -> None:
@@ -130,7 +154,7 @@ class Tier:
         assert not np.any(self._state == FILLING) and not np.any(self._pins), "nothing is in flight or in use"
         for _ in range(int(np.count_nonzero(self._state == READY)) - slots):
             self.evict(self._victim(retention))
-        free = [slot for slot in range(slots) if self._state[slot] == FREE]
+        free = np.flatnonzero(self._state[:slots] == FREE).tolist()
         moves = [
             Move(int(source), target)
             for source, target in zip(
@@ -145,7 +169,8 @@ class Tier:
         self._expert_in = self._expert_in[:slots].copy()
         self._state = self._state[:slots].copy()
         self._pins = self._pins[:slots].copy()
-        self._free = [slot for slot in range(slots - 1, -1, -1) if self._state[slot] == FREE]
+        free_now = np.flatnonzero(self._state == FREE)[::-1]
+        self._free[: free_now.size], self._counts[0] = free_now, free_now.size
         return moves
 
     def check_integrity(self) -> None:
@@ -153,7 +178,7 @@ class Tier:
         held = np.flatnonzero(self._expert_in != NOWHERE)
         assert np.array_equal(self._slot_of[self._expert_in[held]], held), "slot and expert name each other"
         assert np.count_nonzero(self._slot_of != NOWHERE) == held.size, "no expert has two slots"
-        assert sorted(self._free) == np.flatnonzero(self._state == FREE).tolist(), (
+        assert sorted(self._free[: self._counts[0]]) == np.flatnonzero(self._state == FREE).tolist(), (
             "the free list is the free slots"
         )
         assert np.array_equal(self._state != FREE, self._expert_in != NOWHERE), (
@@ -180,4 +205,5 @@ class Tier:
         self._slot_of[expert] = NOWHERE
         self._expert_in[slot] = NOWHERE
         self._state[slot] = FREE
-        self._free.append(slot)
+        self._free[self._counts[0]] = slot
+        self._counts[0] += 1

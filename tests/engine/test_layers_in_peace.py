@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 import moespac
+from moespac.engine.build import DEMO
 from moespac.engine.engine import Engine
+from moespac.errors import CheckpointError
 from moespac.experts.kernels.library import load_library
+from moespac.experts.pack import pack
 from moespac.trace.recorder import TraceRecorder
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="no native kernel on this machine")
@@ -74,3 +79,56 @@ def test_a_missing_expert_is_asked_for() -> None:
 
 def _unexpected(*_: Any) -> None:
     raise AssertionError("no layer has anything to ask")
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packs") / "int8"
+    pack(DEMO / "target", path, "int8", progress=False)
+    return path
+
+
+def test_a_pass_reads_what_it_misses_without_asking(packed: Path) -> None:
+    """The library reads, makes room and waits by itself; tokens and routing are those of the twin in Python."""
+    settings: Any = {"host_memory": "30%", "window": 3, "draft": DEMO / "draft", "profile": None}
+    shown = []
+    for asynchronous in (False, True):
+        with moespac.load(packed, asynchronous=asynchronous, **settings) as some:
+            if asynchronous:
+                some.runtime.forward = _unexpected  # type: ignore[method-assign]
+                for layer, module in enumerate(m for m in some.model.modules() if hasattr(m, "attach")):
+                    module.attach(layer, some.runtime)
+            recorder = some.runtime.recorder = TraceRecorder(some.shape, "a test")
+            recorder.begin_sequence()
+            done = some.generate(PROMPT, max_new_tokens=48)
+            some.runtime.memory.quiesce()
+            some.runtime.memory.check_integrity()
+            assert not some.runtime.memory.host._pins.any()
+            assert done.summary.bytes_read["storage"] > 0 and 0 < done.summary.hit_rate < 1
+            spent = {cause: seconds for cause, seconds in done.summary.seconds.items() if cause != "total"}
+            assert sum(spent.values()) == pytest.approx(done.summary.seconds["total"], abs=1e-4)
+            shown.append((done.token_ids, recorder.trace().routing.tolist()))
+    assert shown[0] == shown[1]
+
+
+def test_a_record_that_is_corrupt_is_said_in_one_line(packed: Path, tmp_path: Path) -> None:
+    damaged = shutil.copytree(packed, tmp_path / "damaged")
+    (records,) = damaged.glob("experts-*.bin")
+    content = records.read_bytes()
+    records.write_bytes(content[: len(content) // 2].ljust(len(content), b"\0"))
+    with moespac.load(damaged, host_memory="30%", window=0, profile=None) as some:
+        with pytest.raises(CheckpointError, match="is corrupt; pack again"):
+            some.generate(PROMPT, max_new_tokens=8)
+        some.runtime.memory.check_integrity()
+        assert not some.runtime.memory.host._pins.any()
+
+
+def test_a_timeline_shows_waits_and_reads_of_a_native_pass(packed: Path) -> None:
+    spans: list[tuple[str, str]] = []
+    with moespac.load(packed, host_memory="30%", window=0, profile=None) as some:
+        some.record_timeline(lambda lane, name, start, seconds: spans.append((lane, name)))
+        some.generate(PROMPT, max_new_tokens=12)
+        some.runtime.memory.quiesce()
+    lanes = {lane for lane, _ in spans}
+    assert any(lane.startswith("storage") for lane in lanes), lanes
+    assert "wait_for_experts" in {name for _, name in spans}

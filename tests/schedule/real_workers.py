@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from moespac.config import CostConfig, MemoryConfig
 from moespac.experts.accelerator import Accelerator
 from moespac.experts.in_process import InProcessAccelerator
+from moespac.experts.kernels.library import load_library
 from moespac.experts.movers import LinkCopier, StorageReader, host_arena
+from moespac.experts.native_reader import NativeReader
 from moespac.experts.workers import Bell
 from moespac.policy.cost import CostModel
 from moespac.schedule.memory import ExpertMemory, Retention
+from moespac.schedule.native import NativeMemory
 from moespac.schedule.tiers import Tier
 from moespac.types import Capacity
 from tests.experts.fake_cuda import FakeDriver, fake_cuda
 from tests.fakes import RECORD_BYTES, FakeStore
+
+CONFIG = MemoryConfig(read_ahead=3, queue_depth=3, read_retries=1)
 
 
 class Memory(ExpertMemory):
     """The real thing over real workers; the tests also look at the bytes."""
 
     def __init__(
-        self, store: FakeStore, host: int, device: int, asynchronous: bool, cuda: FakeDriver | None = None
+        self,
+        store: FakeStore,
+        host: int,
+        device: int,
+        asynchronous: bool,
+        cuda: FakeDriver | None = None,
+        readers: int = 2,
     ) -> None:
         """``cuda``: the accelerator is the CUDA tier, over this in place of a card."""
-        config = MemoryConfig(
-            readers=2, read_ahead=3, queue_depth=3, read_retries=1, asynchronous=asynchronous
-        )
+        config = replace(CONFIG, asynchronous=asynchronous, readers=readers)
         self._bell = Bell()
         self._host_arena = host_arena(host, RECORD_BYTES)
         self._cuda = cuda
@@ -59,3 +70,23 @@ class Memory(ExpertMemory):
         super().close()
         if self._cuda is not None:
             self._cuda.close()
+
+
+class HostMemory(NativeMemory):
+    """The same without an accelerator, its books kept by native code."""
+
+    def __init__(self, store: FakeStore, host: int, readers: int = 2) -> None:
+        library = load_library()
+        assert library is not None
+        self._host_arena = host_arena(host, RECORD_BYTES)
+        config = replace(CONFIG, readers=readers)
+        reads = NativeReader(library, store, self._host_arena, config)
+        costs = CostModel(CostConfig(), RECORD_BYTES)
+        super().__init__(store.shape, Capacity(host), reads, config, costs)
+        self.store = store
+
+    def arena(self, name: str) -> torch.Tensor:
+        return self._host_arena
+
+    def record(self, tier: Tier, expert: int) -> torch.Tensor:
+        return self._host_arena[tier.slot(expert)]

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moespac.errors import StorageError
+from moespac.experts.kernels.library import load_library
 from moespac.experts.workers import Ticket
 from moespac.schedule.jobs import Jobs
 from moespac.schedule.layer import LayerRun
@@ -18,9 +19,10 @@ from moespac.schedule.stats import PassClock
 from moespac.types import NO_IDS, Placement, Plan
 from tests.experts.fake_cuda import FakeDriver, FakeStream
 from tests.fakes import FakeStore
-from tests.schedule.real_workers import Memory
+from tests.schedule.real_workers import HostMemory, Memory
 
 LAYERS, EXPERTS = 2, 8
+needs_library = pytest.mark.skipif(load_library() is None, reason="no native kernel on this machine")
 ids = st.integers(0, EXPERTS - 1)
 CALM = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -51,7 +53,7 @@ class CountingDevices:
         return self.memory.device.compute(name, job)
 
 
-@pytest.mark.parametrize("cuda", [False, True])
+@pytest.mark.parametrize("kind", ["python", "cuda", pytest.param("native", marks=needs_library)])
 @pytest.mark.parametrize("asynchronous", [True, False])
 @CALM
 @given(
@@ -65,11 +67,15 @@ class CountingDevices:
     broken=st.sets(ids, max_size=1),
 )
 def test_every_expert_is_computed_once_where_it_was_placed(
-    cuda, asynchronous, host, device, active, there, load, ahead, kept_for_ever, broken
+    kind, asynchronous, host, device, active, there, load, ahead, kept_for_ever, broken
 ) -> None:
     store = FakeStore(LAYERS, EXPERTS)
-    memory = Memory(store, host, device, asynchronous, FakeDriver() if cuda else None)
-    devices, jobs = CountingDevices(memory, in_order=cuda), Jobs(memory.bell, PassClock())
+    device = 0 if kind == "native" else device
+    if kind == "native":
+        memory: Memory | HostMemory = HostMemory(store, host)
+    else:
+        memory = Memory(store, host, device, asynchronous, FakeDriver() if kind == "cuda" else None)
+    devices, jobs = CountingDevices(memory, in_order=kind == "cuda"), Jobs(memory.bell, PassClock())
     values = np.arange(LAYERS * EXPERTS, dtype=float)
     values[list(kept_for_ever)] = np.inf
     counts = np.zeros(EXPERTS, dtype=np.int64)

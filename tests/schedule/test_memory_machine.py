@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from moespac.errors import StorageError
+from moespac.experts.kernels.library import load_library
 from moespac.types import Placement, Plan
 from tests.experts.fake_cuda import FakeDriver
 from tests.fakes import FakeStore
-from tests.schedule.real_workers import Memory
+from tests.schedule.real_workers import HostMemory, Memory
 
 LAYERS, EXPERTS = 3, 4
 TOTAL = LAYERS * EXPERTS
@@ -53,7 +55,7 @@ class MemoryMachine(RuleBasedStateMachine):
         card = FakeDriver() if self.cuda else None
         if card is not None:
             card.copy_stream.delay = 1e-3  # who does not wait for it is too early
-        self.memory = Memory(self.store, host, device, self.asynchronous, card)
+        self.memory = self.open(host, device, card)
         self.link_gate = threading.Event()  # copies wait for it
         self.link_gate.set()
         if self.memory.accelerator is not None:
@@ -61,6 +63,9 @@ class MemoryMachine(RuleBasedStateMachine):
         self.values = np.zeros(TOTAL)
         self.broke = False
         self.pinned: list[tuple[object, int]] = []
+
+    def open(self, host: int, device: int, card: FakeDriver | None) -> Memory | HostMemory:
+        return Memory(self.store, host, device, self.asynchronous, card)
 
     def retention(self, tier: str) -> np.ndarray:
         return self.values
@@ -220,6 +225,11 @@ class SynchronousCudaMachine(CudaMachine):
     asynchronous = False
 
 
+class NativeMachine(MemoryMachine):
+    def open(self, host: int, device: int, card: FakeDriver | None) -> HostMemory:
+        return HostMemory(self.store, host)
+
+
 CALM = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
@@ -231,6 +241,13 @@ TestCuda = CudaMachine.TestCase
 TestCuda.settings = CALM
 TestSynchronousCuda = SynchronousCudaMachine.TestCase
 TestSynchronousCuda.settings = CALM
+if load_library() is not None:
+    TestNative = NativeMachine.TestCase
+    TestNative.settings = CALM
+
+
+needs_library = pytest.mark.skipif(load_library() is None, reason="no native kernel on this machine")
+either = pytest.mark.parametrize("native", [False, pytest.param(True, marks=needs_library)])
 
 
 def on_host(experts: list[int]) -> Placement:
@@ -241,11 +258,19 @@ def ranks(tier: str) -> np.ndarray:
     return np.arange(TOTAL, dtype=float)
 
 
-@pytest.fixture(params=[True, False], ids=["asynchronous", "synchronous"])
+@pytest.fixture(params=["asynchronous", "synchronous", pytest.param("native", marks=needs_library)])
 def memory(request):
-    memory = Memory(FakeStore(LAYERS, EXPERTS), host=2, device=1, asynchronous=request.param)
+    store = FakeStore(LAYERS, EXPERTS)
+    if request.param == "native":
+        memory = HostMemory(store, host=2)
+    else:
+        memory = Memory(store, host=2, device=1, asynchronous=request.param == "asynchronous")
     yield memory
     memory.close()
+
+
+def six_slots(store: FakeStore, native: bool, readers: int) -> Memory | HostMemory:
+    return HostMemory(store, 6, readers) if native else Memory(store, 6, 0, True, readers=readers)
 
 
 def test_prefetch_never_evicts_what_is_worth_more(memory) -> None:
@@ -292,24 +317,26 @@ def test_a_read_error_is_retried_then_typed(memory) -> None:
     assert memory.host.ready[5]
 
 
-def test_a_demand_overtakes_queued_prefetches() -> None:
+@either
+def test_a_demand_overtakes_queued_prefetches(native: bool) -> None:
     store = FakeStore(LAYERS, EXPERTS)
-    memory = Memory(store, host=6, device=0, asynchronous=True)
+    memory = six_slots(store, native, readers=1)
     store.gate.clear()
     memory.follow(Plan(np.array([1, 2, 3])))
     memory.pump(ranks)
-    while len(store.reads) < 2:  # two readers take two, the third waits in the queue
+    while not store.reads:  # the reader has taken one, the others wait in the queue
         time.sleep(1e-3)
     memory.demand_host(8, ranks)
     store.gate.set()
     memory.quiesce()
     memory.close()
-    assert store.reads.index(8) < store.reads.index(3)
+    assert store.reads == [1, 8, 2, 3]
 
 
-def test_a_useless_prefetch_is_dropped_from_the_queue() -> None:
+@either
+def test_a_useless_prefetch_is_dropped_from_the_queue(native: bool) -> None:
     store = FakeStore(LAYERS, EXPERTS)
-    memory = Memory(store, host=6, device=0, asynchronous=True)
+    memory = six_slots(store, native, readers=2)
     store.gate.clear()
     memory.follow(Plan(np.array([8, 9, 1])))
     memory.pump(ranks)
@@ -362,3 +389,48 @@ def test_a_new_plan_takes_back_copies_that_nobody_has_begun() -> None:
     assert np.flatnonzero(memory.accelerator.ready).tolist() == [1, 2]
     assert not memory.host._pins.any()
     memory.close()
+
+
+@needs_library
+@settings(CALM, derandomize=True)
+@given(
+    host=st.integers(1, 6),
+    steps=st.lists(
+        st.one_of(
+            st.tuples(st.just("demand"), some_expert),
+            st.tuples(st.just("follow"), st.lists(some_expert, unique=True, max_size=5)),
+            st.tuples(st.just("layer"), st.sets(some_expert, max_size=3), st.integers(0, LAYERS - 1)),
+            st.tuples(st.just("order"), some_order),
+        ),
+        max_size=30,
+    ),
+)
+def test_native_books_decide_as_their_twin(host: int, steps: list[tuple]) -> None:
+    """One thing after the other; what is in flight at the same time is up to the disk."""
+    twins = [HostMemory(FakeStore(LAYERS, EXPERTS), host), Memory(FakeStore(LAYERS, EXPERTS), host, 0, False)]
+    order = np.zeros(TOTAL)
+    for what, given_, *more in steps:
+        if what == "order":
+            order = np.array(given_, dtype=float)
+        for memory in twins:
+            take_step(memory, what, given_, more, order)
+        native, python = (memory.host for memory in twins)
+        assert set(np.flatnonzero(native.ready)) == set(np.flatnonzero(python.ready)), what
+        assert native.peak_slots == python.peak_slots
+    for memory in twins:
+        memory.check_integrity()
+        memory.close()
+
+
+def take_step(memory: Memory | HostMemory, what: str, given_: Any, more: list, order: np.ndarray) -> None:
+    """... and wait for all that it sets going."""
+    if what == "demand" and not memory.host.ready[given_]:
+        memory.demand_host(given_, lambda tier: order)
+    elif what == "follow":
+        memory.follow(Plan(np.array(given_, dtype=np.int64)))
+    elif what == "layer":
+        memory.start_layer(more[0], on_host(sorted(given_)))
+    memory.quiesce()
+    while memory.moves:
+        memory.pump(lambda tier: order)
+        memory.quiesce()

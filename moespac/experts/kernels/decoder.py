@@ -23,10 +23,11 @@ from moespac.experts.kernels.library import (
     chosen_isa,
     load_library,
 )
-from moespac.experts.kernels.passes import Buffers, HostExperts, NativePass
+from moespac.experts.kernels.passes import Buffers, HostExperts, NativePass, PassOrder
 
 MAX_TOKENS = 32  # of a call, as in kernels.h
 HEAD_PAD = 16  # a head's keys and values are filled up with zeros to a multiple of this, as in decoder.h
+_SLICES = 64  # of time that a layer's experts may take apart: a batch computed, a wait for a read, and so on
 _FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
@@ -110,26 +111,29 @@ class NativeDecoder:
         start: int,
         rotary: tuple[torch.Tensor, torch.Tensor],
         experts: HostExperts | None,
+        order: PassOrder | None = None,
     ) -> NativePass:
         """A pass of ``tokens`` (T,), int64, to give the logits of the last ``keep`` of them.
 
         ``store`` (layers, 2, G, room, padded D) has keys and values up to ``start``; ``rotary`` are cosines and
         sines, (T, D), the sines of the first half negative. ``experts``: a layer of which all that are routed to
-        are ready needs no caller.
+        are ready needs no caller, and none does if ``order`` says what makes way for those that are not.
         """
         assert tokens.dtype == torch.int64 and tokens.is_contiguous()
         count = len(tokens)
         routings = (self._routed, count, self._top_k)
         x, normed = torch.empty(2, count, self._hidden)
         index, shares = torch.empty(routings, dtype=torch.int64), torch.empty(routings)
-        spans = torch.empty(self._routed, 5, dtype=torch.float64)
+        spans = torch.empty(self._routed, 4, dtype=torch.float64)
+        slices = torch.empty(_SLICES * self._routed, 4, dtype=torch.float64)
         logits = torch.empty(keep, self._vocabulary)
         run = Run(
             *(part.data_ptr() for part in (tokens, x, normed)),
             *(count, keep, store.data_ptr(), store.shape[3], start),
-            *(part.data_ptr() for part in (*rotary, index, shares, spans, logits)),
+            *(part.data_ptr() for part in (*rotary, index, shares, spans, slices)),
+            *(0, len(slices), logits.data_ptr(), order.address if order else None),
         )
-        buffers = Buffers(tokens, x, normed, index, shares, spans, logits)
+        buffers = Buffers(tokens, x, normed, index, shares, spans, slices, logits, order)
         return NativePass(self._library, self._model, self._served(experts), run, buffers)
 
     def _served(self, experts: HostExperts | None) -> Experts:
@@ -152,7 +156,7 @@ class NativeDecoder:
         scratch = [
             torch.empty(MAX_TOKENS, self._hidden),
             torch.empty(routings, self._hidden),
-            torch.empty(experts + 4 * routings, dtype=torch.int64),
+            torch.empty(experts + 8 * routings, dtype=torch.int64),
             torch.empty(routings, dtype=torch.float64),
         ]
         self._held += scratch

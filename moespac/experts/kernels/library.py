@@ -75,7 +75,7 @@ class DecoderShape(ctypes.Structure):
 
 
 class PassModel(ctypes.Structure):
-    """``Model`` of pass.c."""
+    """``Model`` of pass.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("decoder", "layers")),
@@ -86,26 +86,54 @@ class PassModel(ctypes.Structure):
 
 
 class Experts(ctypes.Structure):
-    """``Experts`` of pass.c."""
+    """``Experts`` of pass.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("kernel", "arena")),
+        ("kernel", ctypes.c_void_p),
+        ("threads", ctypes.c_int64),
+        ("arena", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("record_bytes", "experts")),
-        *((name, ctypes.c_void_p) for name in ("slots", "ready")),
+        *((name, ctypes.c_void_p) for name in ("slots", "ready", "memory")),
+    ]
+
+
+class Order(ctypes.Structure):
+    """``Order`` of host_memory.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("ran", "to_come")),
+        ("runs", ctypes.c_double),
+    ]
+
+
+class HostMemory(ctypes.Structure):
+    """``HostMemory`` of host_memory.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("experts", "slots", "read_ahead")),
+        *((name, ctypes.c_void_p) for name in ("ready", "filling", "slot_of")),
+        *((name, ctypes.c_void_p) for name in ("expert_in", "state", "pins", "free", "counts")),
+        *((name, ctypes.c_void_p) for name in ("reads", "ahead")),
+        *((name, ctypes.c_int64) for name in ("first", "end")),
+        ("landed", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("landings", "room")),
     ]
 
 
 class Run(ctypes.Structure):
-    """``Run`` of pass.c."""
+    """``Run`` of pass.h."""
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("ids", "x", "normed")),
         *((name, ctypes.c_int64) for name in ("tokens", "keep")),
         ("store", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("room", "start")),
-        *((name, ctypes.c_void_p) for name in ("cos", "sin", "index", "shares", "spans", "logits")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "index", "shares", "spans", "slices")),
+        *((name, ctypes.c_int64) for name in ("slice_count", "slice_room")),
+        *((name, ctypes.c_void_p) for name in ("logits", "order")),
         *((name, ctypes.c_int64) for name in ("layer", "row")),
         ("block", ctypes.c_void_p),
+        ("began", ctypes.c_double),
     ]
 
 
@@ -128,6 +156,18 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         None,
         [_POINTER, _INT64, ctypes.c_double, ctypes.c_float, _POINTER, _INT64, _POINTER, _POINTER],
     ),
+    "moespac_reads_new": (_POINTER, [ctypes.c_int, _POINTER, _POINTER, *[_INT64] * 4]),
+    "moespac_reads_free": (None, [_POINTER]),
+    "moespac_reads_serve": (ctypes.c_int, [_POINTER, _POINTER, _POINTER]),
+    "moespac_reads_end": (None, [_POINTER, _INT64, ctypes.c_int]),
+    "moespac_reads_close": (None, [_POINTER]),
+    "moespac_reads_count": (_INT64, [_POINTER]),
+    "moespac_reads_rings": (_INT64, [_POINTER]),
+    "moespac_reads_wait": (None, [_POINTER, _INT64]),
+    "moespac_memory_settle": (_INT64, [_POINTER]),
+    "moespac_memory_start_layer": (None, [_POINTER, _INT64, _POINTER, _INT64]),
+    "moespac_memory_pump": (None, [_POINTER, _POINTER, _INT64]),
+    "moespac_memory_demand": (ctypes.c_int, [_POINTER, _POINTER, _INT64, _INT64]),
     "moespac_pass": (ctypes.c_int, [_POINTER, _POINTER, _POINTER, _INT64]),
 }
 

@@ -10,31 +10,47 @@ import torch
 from numpy.typing import NDArray
 
 from moespac.experts.kernels.host import HostKernel
-from moespac.experts.kernels.library import Experts, PassModel, Run
+from moespac.experts.kernels.library import Experts, Order, PassModel, Run
+from moespac.policy.base import PassRetention
 
-_FAILED, _OVER, _ASKS = -1, 0, 2  # of what pass.c returns
+_BROKEN, _FAILED, _OVER, _ASKS = -2, -1, 0, 2  # of what pass.c returns
 _NO_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True, eq=False)
 class HostExperts:
-    """Where a model's experts lie in host memory: live views, which nobody changes during a call.
+    """Where a model's experts lie in host memory: live views.
 
     arena (slots, record_bytes) uint8; slots (MoE layers, experts) int64, the place of each in it; ready
-    (MoE layers, experts) bool, whether its record is there.
+    (MoE layers, experts) bool, whether its record is there. ``memory``: the address of the books that the library
+    keeps of them; None where it keeps none, and nobody changes anything during a call.
     """
 
     kernel: HostKernel
     arena: torch.Tensor
     slots: NDArray[np.int64]
     ready: NDArray[np.bool_]
+    memory: int | None = None
 
     def describe(self) -> Experts:
         """For the library, which does not hold them."""
         assert self.slots.flags.c_contiguous and self.ready.flags.c_contiguous
         slots, ready = (torch.from_numpy(part).data_ptr() for part in (self.slots, self.ready))
         record_bytes, experts = self.arena.shape[1], self.slots.shape[1]
-        return Experts(self.kernel.address, self.arena.data_ptr(), record_bytes, experts, slots, ready)
+        where = (self.arena.data_ptr(), record_bytes, experts, slots, ready, self.memory)
+        return Experts(self.kernel.address, self.kernel.threads, *where)
+
+
+class PassOrder:
+    """``PassRetention``, for the library."""
+
+    def __init__(self, retention: PassRetention) -> None:
+        self._held = retention
+        self._order = Order(retention.ran.ctypes.data, retention.to_come.ctypes.data, retention.runs)
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self._order)
 
 
 @dataclass(frozen=True)
@@ -51,19 +67,21 @@ class Routed:
 class Computed:
     """MoE layers whose experts the library computed: whom it routed to, index and shares (layers, T, k).
 
-    spans (layers, 5): how many experts they were, the seconds from the start of the call to their beginning, those
-    of all together, the part of one of them, and the tokens that this one ran for.
+    spans (layers, 4): how many experts they were, how many of them were there, the seconds of one of them, and the
+    tokens that it ran for. slices (any, 4), in the order of time: the layer; 1 where its experts were waited for, 0
+    where they were computed; the seconds from the start of the call until then; those that it took.
     """
 
     index: NDArray[np.int64]
     shares: NDArray[np.float32]
     spans: NDArray[np.float64]
+    slices: NDArray[np.float64]
 
 
 @dataclass
 class Buffers:
     """Of one pass. ids (T,) of its tokens; x and normed (T, hidden); index and shares (MoE layers, T, k), spans
-    (MoE layers, 5), logits (keep, vocabulary)."""
+    (MoE layers, 4), slices (any, 4), logits (keep, vocabulary)."""
 
     ids: torch.Tensor
     x: torch.Tensor
@@ -71,7 +89,9 @@ class Buffers:
     index: torch.Tensor
     shares: torch.Tensor
     spans: torch.Tensor
+    slices: torch.Tensor
     logits: torch.Tensor
+    order: PassOrder | None
     block: torch.Tensor | None = None  # what the caller computed last
 
 
@@ -87,7 +107,7 @@ class NativePass:
         self._run = run
         self._buffers = buffers
         self._told = 0  # MoE layers that the caller has computed or was told of
-        self.over = False
+        self.over = self.broken = False
 
     @property
     def logits(self) -> torch.Tensor:
@@ -97,11 +117,12 @@ class NativePass:
 
     def advance(self, most: int | None = None) -> Routed | None:
         """Run until the pass is over, or the experts of ``most`` layers were computed, or those of a layer are the
-        caller's: then ``give`` what they make of what is returned. Raises MemoryError."""
+        caller's: then ``give`` what they make of what is returned. It is ``broken`` if an expert could not be read:
+        whose memory it is knows why. Raises MemoryError."""
         state = self._call(*self._addresses, most or _NO_LIMIT)
         if state == _FAILED:
             raise MemoryError("no memory for the activations of a pass")
-        self.over = state == _OVER
+        self.over, self.broken = state == _OVER, state == _BROKEN
         return self._asked() if state == _ASKS else None
 
     def give(self, block: torch.Tensor) -> None:
@@ -118,8 +139,9 @@ class NativePass:
         if new.start == new.stop:
             return None
         self._told = new.stop
-        buffers = self._buffers
-        return Computed(*(part[new].numpy() for part in (buffers.index, buffers.shares, buffers.spans)))
+        buffers, slices = self._buffers, self._buffers.slices[: self._run.slice_count]
+        layers = (part[new] for part in (buffers.index, buffers.shares, buffers.spans))
+        return Computed(*(part.numpy() for part in (*layers, slices)))
 
     def _asked(self) -> Routed:
         buffers, row = self._buffers, self._run.row
