@@ -78,6 +78,7 @@ void reads_hurry(Reads *reads, int64_t slot) {
     pthread_mutex_lock(&reads->lock);
     reads->entries[slot].read.speculative = 0;
     reads->entries[slot].turn = reads->turns++;
+    pthread_cond_signal(&reads->work); /* its stripes are no longer as few at once */
     pthread_mutex_unlock(&reads->lock);
 }
 
