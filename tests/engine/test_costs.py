@@ -101,7 +101,9 @@ def test_other_records_and_threads_are_measured_again(
     load(tmp_path / "int8")
     assert len(measured) == 2
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
-    monkeypatch.setattr(costs, "describe_processor", lambda: ["the kernel may be torch, which has one worker"])
+    monkeypatch.setattr(
+        costs, "describe_processor", lambda: ["the kernel may be torch, which has one worker"]
+    )
     load(checkpoint)
     assert len(measured) == 3
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from moespac.errors import StorageError
 from moespac.experts.kernels.library import load_library
-from moespac.types import Placement, Plan
+from moespac.types import NO_IDS, Placement, Plan
 from tests.experts.fake_cuda import FakeDriver
 from tests.fakes import FakeStore
 from tests.schedule.real_workers import HostMemory, Memory
@@ -399,7 +399,7 @@ def test_a_new_plan_takes_back_copies_that_nobody_has_begun() -> None:
         st.one_of(
             st.tuples(st.just("demand"), some_expert),
             st.tuples(st.just("follow"), st.lists(some_expert, unique=True, max_size=5)),
-            st.tuples(st.just("layer"), st.sets(some_expert, max_size=3), st.integers(0, LAYERS - 1)),
+            st.tuples(st.just("layer"), st.lists(some_expert, max_size=3), st.integers(0, LAYERS - 1)),
             st.tuples(st.just("order"), some_order),
         ),
         max_size=30,
@@ -428,8 +428,9 @@ def take_step(memory: Memory | HostMemory, what: str, given_: Any, more: list, o
         memory.demand_host(given_, lambda tier: order)
     elif what == "follow":
         memory.follow(Plan(np.array(given_, dtype=np.int64)))
-    elif what == "layer":
-        memory.start_layer(more[0], on_host(sorted(given_)))
+    elif what == "layer":  # with a plan before it, which it cuts, and something to add
+        memory.follow(Plan(np.arange(TOTAL)[:: 1 + len(given_)]))
+        memory.start_layer(more[0], Placement(NO_IDS, prefetch=Plan(np.array(given_, dtype=np.int64))))
     memory.quiesce()
     while memory.moves:
         memory.pump(lambda tier: order)
