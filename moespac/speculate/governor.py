@@ -34,6 +34,7 @@ class Governor:
         # One probability for all positions: later drafts are accepted a little less often, but one number is
         # known from a few windows, and eight would each be noise.
         self._acceptance = config.acceptance_prior
+        self._usual = config.acceptance_prior  # of many texts
         self._judged = 0  # drafts of this text that were verified or looked back on
         self._judged_at = 0  # the last pass in which there were any
         self._drafted_at = 0  # the last pass that had drafts
@@ -57,7 +58,8 @@ class Governor:
         self._next_probe = config.probe_passes
 
     def begin(self) -> None:
-        """Another text: how often drafts of others were accepted is a guess again."""
+        """Another text: all that is known of its drafts is how others fared."""
+        self._acceptance = self._usual
         self._judged = 0
 
     def looks_back(self, k: int, undrafted: int) -> bool:
@@ -84,6 +86,7 @@ class Governor:
             self._judged += 1
             few = 1 / (self._config.acceptance_drafts + self._judged)
             self._acceptance = _towards(self._acceptance, seen, max(step, few))
+            self._usual = _towards(self._usual, seen, 1 / self._config.usual_drafts)
             self._judged_at = self._passes
 
     def choose(self) -> int:
@@ -161,19 +164,13 @@ class Governor:
     def _best(self) -> int:
         """Drafting must be seen to pay, beyond what chance may show: wrong drafts also disturb what memory holds,
         which no one pass shows."""
-        accepted = self._acceptance if self._last_best else self._surely_accepted()
-        best = self._candidate(accepted)
-        seen = self._rate(best, accepted) * (1 - self._config.doubt * self._doubt(best))
+        best = self._candidate(self._acceptance)
+        seen = self.rate(best) * (1 - self._config.doubt * self._doubt(best))
         return best if seen > (1 + self._config.margin) * self.rate(0) else 0
 
     def _candidate(self, acceptance: float) -> int:
         """The best K beside 0, if drafts are accepted so often."""
         return max(range(1, self._most + 1), key=lambda k: self._rate(k, acceptance))
-
-    def _surely_accepted(self) -> float:
-        """The acceptance less what chance may have added to it."""
-        mean, known = self._acceptance, self._config.acceptance_drafts + self._judged
-        return mean - self._config.doubt * sqrt(mean * (1 - mean) / min(known, 2 * self._config.mean_passes))
 
     def _doubt(self, k: int) -> float:
         """The standard error of ``k``'s rate beside that of no drafts, as a share."""
@@ -189,19 +186,19 @@ class Governor:
 
     def _probe(self, best: int) -> int:
         """A neighbour of ``best``, each in turn. Probes become rare, unless the two are so close that a probe
-        costs nothing; a new best makes them frequent. Where looking back tells what a window costs, the neighbour
-        of no drafts is the best K beside it, and tried only where it is close; the second pass of it counts."""
+        costs nothing; a new best makes them frequent. Where looking back tells what a window costs, they become
+        rare in any case: no drafts are not tried, and in their place the next best K only if it is close."""
         self._probes += 1
         probed = 1 if best == 0 else best - 1 if self._probes % 2 or best == self._most else best + 1
-        if best == 0 and self._extra:
-            probed = self._candidate(self._acceptance)
+        if self._extra:
+            probed = self._candidate(self._acceptance) if best == 0 else max(probed, 1)
         close = self.rate(probed) >= (1 - self._config.close) * self.rate(best)
-        if not close or (best == 0 and self._extra):
+        if self._extra or not close:
             self._interval = min(2 * self._interval, self._config.probe_passes_most)
-        if not close and best == 0 and self._extra:
+        if self._extra and best == 0 and not close:
             probed = 0
-        passes = 2 if self._extra and (probed == 0) != (best == 0) else 1
-        self._probed, self._probe_end = probed, self._passes + passes
+        # The first pass with drafts after one without teaches nothing then.
+        self._probed, self._probe_end = probed, self._passes + (2 if self._extra and best == 0 else 1)
         self._next_probe = self._probe_end - 1 + self._interval
         return probed
 
