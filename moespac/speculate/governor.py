@@ -75,7 +75,7 @@ class Governor:
         return self._rate(self._candidate(1.0), 1.0) > self.rate(0)
 
     def _look_back_passes(self) -> float:
-        """Without drafts, before the next look back, which takes what a drafted token does: a small share of them."""
+        """From one look back to the next: it takes what a drafted token does, a small share of their time."""
         share = self._config.look_back_share * self._seconds(1)
         return max(self._config.look_back_passes, self._draft_seconds / share)
 
@@ -186,8 +186,8 @@ class Governor:
 
     def _probe(self, best: int) -> int:
         """A neighbour of ``best``, each in turn. Probes become rare, unless the two are so close that a probe
-        costs nothing; a new best makes them frequent. Where looking back tells what a window costs, they become
-        rare in any case: no drafts are not tried, and in their place the next best K only if it is close."""
+        costs nothing; a new best makes them frequent. Where looking back tells what a window costs they become
+        rare in any case: K = 0 is never tried, and in its place the best K above it is, if it is close."""
         self._probes += 1
         probed = 1 if best == 0 else best - 1 if self._probes % 2 or best == self._most else best + 1
         if self._extra:
