@@ -111,8 +111,7 @@ class PromptLookupDrafter:
 
     def look_back(self, tokens: list[int], chances: list[float]) -> list[float]:
         seen = []
-        followed = len(self._seen) if tokens[: len(self._seen)] == self._seen else 0
-        for at in range(max(len(tokens) - len(chances), followed), len(tokens)):
+        for at in range(len(tokens) - len(chances), len(tokens)):
             if draft := self.propose(tokens[:at], 1).tokens:
                 seen.append(acceptance_seen(float(draft == tokens[at : at + 1]), chances[at - len(tokens)]))
         self._follow(tokens)
