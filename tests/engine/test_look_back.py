@@ -1,4 +1,4 @@
-"""The engine asks drafters that have not drafted for a while what they would have drafted, and tells the governor."""
+"""A drafter that has not drafted for a while is asked what it would have drafted, and the governor is told."""
 
 from __future__ import annotations
 
