@@ -554,7 +554,11 @@ class GovernorConfig:
 
     most: int = 8  # K is at most this: acceptance beyond is rare, and every token touches new experts
     acceptance_prior: float = 0.7  # before anything was verified: worth a try ...
-    acceptance_drafts: float = 4.0  # ... drafts' worth of that
+    acceptance_drafts: float = 6.0  # ... drafts' worth of that, and in each new text of what is usual
+    usual_drafts: float = 128.0  # mean life of what is usual: a few texts
+    look_back_passes: int = 8  # without drafts, then the drafter looks back: a change of text is found ...
+    look_back_share: float = 0.01  # ... but for at most this share of the time: each costs a drafted token
+    look_back_tokens: int = 16  # on so many at most: what came before says little
     mean_passes: float = (
         16.0  # mean life of the measurements: a change of text shows within some twenty passes
     )

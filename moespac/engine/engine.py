@@ -86,8 +86,9 @@ class Engine:
             sequence.rewind(part, accepted=0)
             self.runtime.end_pass(accepted=0)
         self._take_turn(sequence)
+        k = self._choose(sequence)
         start = self.runtime.clock.now()
-        draft = self._draft(sequence)
+        draft = self._draft(sequence, k)
         drafted = self.runtime.clock.now()
         window = sequence.window(draft.tokens)
         if draft.tokens or self.runtime.policy.counts_on_draft:
@@ -112,9 +113,22 @@ class Engine:
             self.runtime.windows.reset()
         self._latest = weakref.ref(sequence)  # its cache is free as soon as its caller lets it go
 
-    def _draft(self, sequence: Sequence) -> Draft:
-        k = min(self._governor.choose(), sequence.room) if sequence.prefilled else 0
-        if k <= 0:
+    def _choose(self, sequence: Sequence) -> int:
+        """K. A drafter that has not drafted for a while looks back first: what it takes is not of this draft."""
+        if not sequence.prefilled or sequence.room <= 0:
+            return 0
+        k = min(self._governor.choose(), sequence.room)
+        if self._governor.looks_back(k, sequence.undrafted):
+            unseen = sequence.unseen(self.config.governor.look_back_tokens)
+            with self.runtime.clock.measure("draft"):
+                seen = self._room.make(lambda: sequence.drafter.look_back(sequence.tokens, unseen))
+            self._governor.saw_drafts(seen)
+            sequence.undrafted = 0
+        sequence.undrafted = 0 if k else sequence.undrafted + 1
+        return k
+
+    def _draft(self, sequence: Sequence, k: int) -> Draft:
+        if not k:
             return Draft()
         with self.runtime.clock.measure("draft"):
             return self._room.make(lambda: sequence.drafter.propose(sequence.tokens, k))
@@ -266,11 +280,13 @@ class Engine:
 
 def _verify(sequence: Sequence, draft: Draft, logits: torch.Tensor) -> Verdict:
     if sequence.sampling.greedy:
-        return verify_greedy(
-            draft.tokens, logits
-        )  # on a device: a few token ids come over, and not all logits
+        verdict = verify_greedy(draft.tokens, logits)  # of a device only a few token ids come over
+        sequence.chances += [1.0] * len(verdict.tokens)
+        return verdict
     target = probabilities(logits.cpu(), sequence.sampling)
-    return verify_sampled(draft.tokens, draft.probs, target, sequence.generator)
+    verdict = verify_sampled(draft.tokens, draft.probs, target, sequence.generator)
+    sequence.chances += target[range(len(verdict.tokens)), verdict.tokens].tolist()
+    return verdict
 
 
 def _logprobs(sequence: Sequence, tokens: list[int], logits: torch.Tensor) -> list[TokenLogprob] | None:
@@ -359,6 +375,7 @@ class Stream:
         if self._meter is None:
             self._meter = Meter(engine.runtime)
             sequence.drafter.begin(sequence.sampling, sequence.generator)
+            engine._governor.begin()
         prefill, before = not sequence.prefilled, self._text.kept
         step = engine.step(sequence)
         if prefill:

@@ -35,6 +35,8 @@ class Sequence:
         self.cache = cache
         self.cached = 0
         self.lost = False  # the cache does not hold them: a pass failed in its midst
+        self.chances: list[float] = []  # what the target gave to each new token; 1 where it does not draw
+        self.undrafted = 1  # passes since its drafter was last shown the tokens; the prefill is one
         self.finish_reason: str | None = None
         self.drafter: Drafter = NoDrafter()
         self.top_logprobs: int | None = None  # alternatives to each token; None: no log-probabilities at all
@@ -45,6 +47,10 @@ class Sequence:
     @property
     def new_tokens(self) -> list[int]:
         return self.tokens[self.prompt_tokens :]
+
+    def unseen(self, most: int) -> list[float]:
+        """The chances of the last tokens, at most so many, that its drafter was not shown: one of each pass."""
+        return self.chances[-min(self.undrafted, most) :]
 
     @property
     def prefilled(self) -> bool:

@@ -169,6 +169,7 @@ class Simulation:
         self._clock = PassClock(self._machine.clock.now, tape=Tape(record))
         self._jobs = Jobs(self._machine.bell, self._clock)
         self._meter = Meter(self._memory, self._clock)
+        self._undrafted = 1
         self._rng = np.random.default_rng(setting.seed)  # of the sensors' errors
 
     def warm_up(self) -> None:
@@ -181,6 +182,8 @@ class Simulation:
 
     def play(self, text: Text) -> None:
         """Run all passes of one sequence."""
+        self._governor.begin()
+        self._undrafted = 1  # as ``Sequence.undrafted``
         while (window := text.upcoming()) is not None:
             self._meter.begin_step()
             seen = self._step(text)
@@ -195,8 +198,9 @@ class Simulation:
 
     def _step(self, text: Text) -> Observation:
         """Draft, verify, observe, plan."""
+        k = self._choose(text)
         start = self._clock.now()
-        seen = text.read(min(self._governor.choose(), text.room()))
+        seen = text.read(k)
         self._draft(seen)
         drafted = self._clock.now()
         if seen.window.drafted or self._policy.counts_on_draft:
@@ -212,6 +216,20 @@ class Simulation:
         if coming is not None and not coming.prefill:
             self._plan(coming)  # transfers hide behind the next draft
         return seen
+
+    def _choose(self, text: Text) -> int:
+        """K; see ``Engine._choose``. A look back is one pass of the drafter, as one drafted token is."""
+        if (room := text.room()) <= 0:
+            return 0
+        k = min(self._governor.choose(), room)
+        if self._governor.looks_back(k, self._undrafted):
+            if seen := text.look_back(min(self._undrafted, self._setting.engine.governor.look_back_tokens)):
+                with self._clock.measure("draft"):
+                    self._machine.run_dense(self._setting.draft_token_seconds)
+            self._governor.saw_drafts(seen)
+            self._undrafted = 0
+        self._undrafted = 0 if k else self._undrafted + 1
+        return k
 
     def _draft(self, seen: Observation) -> None:
         """One token after the other; transfers go on, and the drafter's own routing is told as it comes."""

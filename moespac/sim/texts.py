@@ -27,6 +27,10 @@ class Text(Protocol):
         """The next pass, with at most so many drafts."""
         ...
 
+    def look_back(self, tokens: int) -> list[float]:
+        """Whether drafts of the last ``tokens`` would have been right, 1 or 0, where that is known."""
+        ...
+
 
 class RecordedText:
     """A sequence with real drafts and acceptance: its passes are what they were, whatever is asked for."""
@@ -46,6 +50,9 @@ class RecordedText:
 
     def read(self, drafts: int) -> Observation:
         return self._passes.popleft()
+
+    def look_back(self, tokens: int) -> list[float]:
+        return []
 
 
 class DrawnText:
@@ -98,6 +105,9 @@ class DrawnText:
         self._at += 1 + accepted
         run[1 + accepted :] = self._stand_in[run[1 + accepted :]]
         return Observation(Window(self._tokens[run], drafted), by_layer(self._routing[run]), accepted)
+
+    def look_back(self, tokens: int) -> list[float]:
+        return self._right[max(self._at + 1 - tokens, 0) : self._at + 1].astype(float).tolist()
 
 
 def _prefill(text: DecodedTokens) -> Observation:

@@ -50,6 +50,14 @@ class Drafter(Protocol):
     def propose(self, tokens: list[int], k: int) -> Draft:
         """At most ``k`` tokens to follow ``tokens``, the whole accepted sequence so far, never empty."""
 
+    def look_back(self, tokens: list[int], chances: list[float]) -> list[float]:
+        """How drafts would have fared that were not asked for: what ``acceptance_seen`` says of each token that
+        would have been drafted, of the last ``len(chances)`` of ``tokens``, each in its turn and after the true
+        ones. ``chances``: what the target gave to each, and chose it by; 1 where it does not draw.
+
+        Afterwards ``tokens`` are known to the drafter, and ``propose`` takes what it does while drafting goes on.
+        """
+
     def reset(self) -> None:
         """Forget the sequence."""
 
@@ -66,6 +74,9 @@ class NoDrafter:
 
     def propose(self, tokens: list[int], k: int) -> Draft:
         return Draft()
+
+    def look_back(self, tokens: list[int], chances: list[float]) -> list[float]:
+        return []
 
     def reset(self) -> None: ...
 
@@ -97,6 +108,14 @@ class PromptLookupDrafter:
             return Draft()
         period = len(tokens) - start  # a match that runs into the end of the sequence goes round again
         return Draft([tokens[start + i % period] for i in range(k)])
+
+    def look_back(self, tokens: list[int], chances: list[float]) -> list[float]:
+        seen = []
+        for at in range(len(tokens) - len(chances), len(tokens)):
+            if draft := self.propose(tokens[:at], 1).tokens:
+                seen.append(acceptance_seen(float(draft == tokens[at : at + 1]), chances[at - len(tokens)]))
+        self._follow(tokens)
+        return seen
 
     def reset(self) -> None:
         self._seen: list[int] = []
@@ -160,12 +179,28 @@ class ModelDrafter:
             return Draft()
         if self._sampling.greedy and isinstance(self._trunk, GraphedTrunk) and self._trunk.drafts:
             return Draft(self._feed_back(self._trunk, missing, k))
-        choices = [self._choose(self._feed(missing))]
+        choices = [self._choose(self._feed(missing)[0])]
         while len(choices) < k:
             self._tick()
-            choices.append(self._choose(self._feed([choices[-1][0]])))
+            choices.append(self._choose(self._feed([choices[-1][0]])[0]))
         drafted, rows = zip(*choices, strict=True)
         return Draft(list(drafted), None if self._sampling.greedy else torch.stack(rows))
+
+    def look_back(self, tokens: list[int], chances: list[float]) -> list[float]:
+        """One pass over what the cache lacks: all but the last token, which the next draft begins with."""
+        if len(tokens) > self._context:
+            return []
+        missing = self._rewind(tokens)
+        judged = min(len(chances), len(missing) - 1)
+        if judged <= 0 or max(missing) >= self._embeddings:
+            return []
+        came, logits = missing[-judged:], self._feed(missing[:-1], keep=judged)
+        if self._sampling.greedy:
+            likeliest = logits.argmax(dim=-1).tolist()
+            drafted = [float(draft == token) for draft, token in zip(likeliest, came, strict=True)]
+        else:
+            drafted = probabilities(logits, self._sampling)[range(judged), came].tolist()
+        return [acceptance_seen(*both) for both in zip(drafted, chances[-judged:], strict=True)]
 
     def reset(self) -> None:
         self._cache = self._trunk.new_cache()
@@ -191,10 +226,10 @@ class ModelDrafter:
         return drafted
 
     @torch.inference_mode()
-    def _feed(self, tokens: list[int]) -> torch.Tensor:
-        """Logits (V,), float32, of what follows ``tokens``, which join the cache."""
+    def _feed(self, tokens: list[int], keep: int = 1) -> torch.Tensor:
+        """Logits (keep, V), float32, of what follows the last of ``tokens``, which join the cache."""
         with self._reset_on_failure():
-            (logits,) = self._trunk(torch.tensor(tokens), self._cache, keep=1)
+            logits = self._trunk(torch.tensor(tokens), self._cache, keep=keep)
         self._cached += tokens
         return _fit(logits.cpu(), self._vocab_size)
 
@@ -212,6 +247,17 @@ class ModelDrafter:
             return int(logits.argmax()), None
         (probs,) = probabilities(logits[None], self._sampling)
         return draw(probs, self._generator), probs
+
+
+def acceptance_seen(drafted: float, chosen: float) -> float:
+    """How often a draft would have been kept, as the one token tells that came: min(1, q / p).
+
+    ``drafted``: the drafter's probability q of the token; 1 and 0 where it does not draw, as a draft that was right
+    or wrong. ``chosen``: the target's p, above 0. A draft is kept with probability sum over tokens of min(p, q)
+    (see ``verify``), and the mean of this over tokens drawn from p is just that. Agreement of the likeliest tokens,
+    or q alone, would not be.
+    """
+    return min(1.0, drafted / chosen)
 
 
 def load_draft_model(
@@ -297,7 +343,7 @@ def _check_vocabulary(
 
 
 def _fit(logits: torch.Tensor, size: int) -> torch.Tensor:
-    """(D,) -> (size,): padding beyond the target's vocabulary is cut, what the draft lacks is impossible."""
+    """(T, D) -> (T, size): padding beyond the target's vocabulary is cut, what the draft lacks is impossible."""
     lacking = size - logits.shape[-1]
     return torch.nn.functional.pad(logits, (0, lacking), value=-torch.inf)  # a negative pad cuts
 

@@ -8,13 +8,17 @@ more than its accepted tokens gain. K is chosen each pass to maximise
 
 from running measurements of all three. No torch, no clock: the engine and the simulator tell it what they saw.
 
-Measuring by trying is dear and noisy: a pass of plain decoding varies by a quarter with the text alone. So what the
-experts of a pass's first token cost is taken off each measurement and put back as a mean, and what further tokens
-cost is known before one is drafted: both from looking back on passes (policy/windows.py).
+Measuring by trying is dear and noisy: a pass of plain decoding varies by a quarter with the text alone, and one
+drafted pass among many without drafts costs more than when drafting goes on. So little is tried. What the experts
+of a pass's first token cost is taken off each measurement and put back as a mean, and what further tokens cost is
+known before one is drafted: both from looking back on passes (policy/windows.py). How often drafts are accepted is
+known without them too: now and then the drafter looks back on the tokens that came, and tells which of them it
+would have drafted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
 
 from moespac.config import GovernorConfig
@@ -30,7 +34,9 @@ class Governor:
         # One probability for all positions: later drafts are accepted a little less often, but one number is
         # known from a few windows, and eight would each be noise.
         self._acceptance = config.acceptance_prior
-        self._judged = 0  # drafts that were verified
+        self._usual = config.acceptance_prior  # of many texts
+        self._judged = 0  # drafts of this text that were verified or looked back on
+        self._judged_at = 0  # the last pass in which there were any
         self._drafted_at = 0  # the last pass that had drafts
         self._first = 0.0  # seconds that the experts of a pass's first token cost, running mean
         self._extra: list[float] = []  # [n]: of n further tokens, where no such pass was measured
@@ -42,13 +48,55 @@ class Governor:
         self._times: dict[int, int] = {}  # how often each size was measured
         self._draft_seconds = 0.0  # of one token
         self._passes = 0
+        self._chosen = 0
+        self._settled = True  # drafts were asked for in the pass before this one too, or in neither
+        self._probed = 0
+        self._probe_end = 0  # the pass with which the last probe ended
         self._probes = 0
         self._last_best = most
         self._interval = config.probe_passes
         self._next_probe = config.probe_passes
 
+    def begin(self) -> None:
+        """Another text: all that is known of its drafts is how others fared."""
+        self._acceptance = self._usual
+        self._judged = 0
+
+    def looks_back(self, k: int, undrafted: int) -> bool:
+        """Whether the drafter is to look back on the tokens of ``undrafted`` passes before it drafts ``k``.
+
+        Always before it drafts, so that catching up is not taken for what a draft costs. Else if drafts that are
+        all accepted would pay: soon in a new text, of whose drafts nobody knows anything, later every few passes.
+        """
+        if k:
+            return undrafted > 0
+        if not self._pass_seconds or undrafted < min(max(self._judged, 2), self._look_back_passes()):
+            return False
+        return self._rate(self._candidate(1.0), 1.0) > self.rate(0)
+
+    def _look_back_passes(self) -> float:
+        """From one look back to the next: it takes what a drafted token does, a small share of their time."""
+        share = self._config.look_back_share * self._seconds(1)
+        return max(self._config.look_back_passes, self._draft_seconds / share)
+
+    def saw_drafts(self, accepted: Sequence[float]) -> None:
+        """Drafts were verified, or looked back on: how often each is accepted, as far as that one tells."""
+        step = self._step(self._judged_at)
+        for seen in accepted:
+            self._judged += 1
+            few = 1 / (self._config.acceptance_drafts + self._judged)
+            self._acceptance = _towards(self._acceptance, seen, max(step, few))
+            self._usual = _towards(self._usual, seen, 1 / self._config.usual_drafts)
+            self._judged_at = self._passes
+
     def choose(self) -> int:
         """K for the next window: the best as far as is known, now and then a neighbour to know more."""
+        chosen = self._decide()
+        self._settled = (chosen > 0) == (self._chosen > 0)
+        self._chosen = chosen
+        return chosen
+
+    def _decide(self) -> int:
         # A line needs points: few, none, many; none once more, for the first passes find cold caches.
         points = ((0, 1), (min(2, self._most), 1), (self._most, 1), (0, 2))
         if self._passes < self._config.first_passes:
@@ -63,6 +111,8 @@ class Governor:
             self._next_probe = min(self._next_probe, self._passes + self._interval)
         if best and not self._drafted_at:
             return 1  # nobody knows yet what drafting takes
+        if self._passes < self._probe_end:
+            return self._probed
         if self._passes < self._next_probe:
             return best
         return self._probe(best)
@@ -80,16 +130,17 @@ class Governor:
         self._passes += 1
         self._first = _towards(self._first, first, max(1 / self._passes, 1 / self._config.mean_passes))
         if drafted:
-            step = self._step(self._drafted_at)
-            for right in [True] * accepted + [False] * (accepted < drafted):
-                self._judged += 1
-                few = 1 / (self._config.acceptance_drafts + self._judged)
-                self._acceptance = _towards(self._acceptance, right, max(step, few))
-            step = step if self._drafted_at else 1.0
+            self.saw_drafts([1.0] * accepted + [0.0] * (accepted < drafted))
+            step = self._step(self._drafted_at) if self._drafted_at else 1.0
             self._draft_seconds = _towards(self._draft_seconds, draft_seconds / drafted, step)
             self._drafted_at = self._passes
-        tokens = drafted + 1
-        beyond = pass_seconds - first
+        if self._settled or not self._extra:
+            self._measure(drafted + 1, pass_seconds - first)
+
+    def _measure(self, tokens: int, beyond: float) -> None:
+        """A pass of so many ``tokens`` took so many seconds beyond its first token's experts. What memory holds
+        and what is on its way are as they are while drafting goes on, or while it does not: the pass in between
+        would mislead where that matters, which is where somebody looks back."""
         known = self._pass_seconds.get(tokens, beyond)
         # One slow pass is a stall of the machine, not a property of K: it counts as at most twice the mean.
         seen = min(beyond, known + max(self._first + known, 0.0))
@@ -121,11 +172,6 @@ class Governor:
         """The best K beside 0, if drafts are accepted so often."""
         return max(range(1, self._most + 1), key=lambda k: self._rate(k, acceptance))
 
-    def _hoped(self) -> float:
-        """As often as drafts may be accepted for all that is known: a standard deviation above the mean."""
-        mean, known = self._acceptance, self._config.acceptance_drafts + self._judged
-        return min(mean + sqrt(mean * (1 - mean) / known), 1.0)
-
     def _doubt(self, k: int) -> float:
         """The standard error of ``k``'s rate beside that of no drafts, as a share."""
         return sqrt(self._noise * (1 / self._weight(k + 1) + 1 / self._weight(1)))
@@ -139,21 +185,21 @@ class Governor:
         return measured + (self._config.prior_passes if tokens <= len(self._extra) else 0)
 
     def _probe(self, best: int) -> int:
-        """A neighbour of ``best``, each in turn. Probes become rare, unless the two are
-        so close that a probe costs nothing; a new best makes them frequent. Where looking back tells what a
-        window costs, there is little to try: only how often drafts are accepted, and not where none could pay."""
+        """A neighbour of ``best``, each in turn. Probes become rare, unless the two are so close that a probe
+        costs nothing; a new best makes them frequent. Where looking back tells what a window costs they become
+        rare in any case: K = 0 is never tried, and in its place the best K above it is, if it is close."""
         self._probes += 1
         probed = 1 if best == 0 else best - 1 if self._probes % 2 or best == self._most else best + 1
-        if best == 0 and self._extra:
-            self._interval *= 2
-            if self._rate(self._candidate(hoped := self._hoped()), hoped) < (
-                1 + self._config.margin
-            ) * self.rate(0):
-                self._interval = self._config.probe_passes_most
-        elif self.rate(probed) < (1 - self._config.close) * self.rate(best):
-            self._interval *= 2
-        self._interval = min(self._interval, self._config.probe_passes_most)
-        self._next_probe = self._passes + self._interval
+        if self._extra:
+            probed = self._candidate(self._acceptance) if best == 0 else max(probed, 1)
+        close = self.rate(probed) >= (1 - self._config.close) * self.rate(best)
+        if self._extra or not close:
+            self._interval = min(2 * self._interval, self._config.probe_passes_most)
+        if self._extra and best == 0 and not close:
+            probed = 0
+        # The first pass with drafts after one without teaches nothing then.
+        self._probed, self._probe_end = probed, self._passes + (2 if self._extra and best == 0 else 1)
+        self._next_probe = self._probe_end - 1 + self._interval
         return probed
 
     def _step(self, last: int) -> float:
@@ -192,8 +238,15 @@ class FixedWindow:
     def __init__(self, k: int) -> None:
         self._k = k
 
+    def begin(self) -> None: ...
+
     def choose(self) -> int:
         return self._k
+
+    def looks_back(self, k: int, undrafted: int) -> bool:
+        return False
+
+    def saw_drafts(self, accepted: Sequence[float]) -> None: ...
 
     def observe(self, *seen: object) -> None: ...
 

@@ -323,6 +323,33 @@ def test_all_policies_read_the_same_text() -> None:
     assert kept(0) == kept(1) == kept(5) == list(range(300))
 
 
+def test_a_look_back_tells_which_drafts_were_right() -> None:
+    trace = random_trace(300)
+    drafting = DrawnText(trace, 0, None, 0.6, 32, np.random.default_rng(5))
+    plain = DrawnText(trace, 0, None, 0.6, 32, np.random.default_rng(5))
+    drafting.read(0), plain.read(0)
+    for _ in range(60):
+        right = drafting.read(1).accepted
+        plain.read(0)
+        assert plain.look_back(1) == [float(right)]
+        if right:
+            plain.read(0)  # the bonus has no draft
+    assert len(plain.look_back(8)) == 8 and plain.look_back(8)[-1:] == plain.look_back(1)
+
+
+def test_what_looking_back_takes_is_simulated() -> None:
+    """On a machine on which drafts could pay, and never are right: a pass of the drafter every few passes."""
+    trace = random_trace(300)
+    setting = replace(SETTING, acceptance=0.0, window=4, draft_seconds=1e-6)
+    quick = simulate(trace, "moe-spac", setting)
+    again = simulate(trace, "moe-spac", setting)
+    slow = simulate(trace, "moe-spac", replace(setting, draft_seconds=1e-3))
+    assert quick == again
+    looked_back = slow.seconds["draft"] - 1e-3 * slow.drafted
+    plain = slow.tokens - slow.drafted
+    assert looked_back == pytest.approx(1e-3 * plain / EngineConfig().governor.look_back_passes, rel=0.25)
+
+
 def test_recorded_windows_are_replayed() -> None:
     recorder = TraceRecorder(MODEL.to_model_shape(), "a test")
     recorder.begin_sequence()

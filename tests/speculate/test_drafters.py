@@ -234,6 +234,117 @@ def test_ticks_fall_between_drafted_tokens(model):
     assert len(ticks) == 3
 
 
+# --- looking back
+
+
+def greedy_chances(count):
+    return [1.0] * count
+
+
+def first_drafts(model, tokens, count):
+    """Whether each of the last ``count`` tokens is what a drafter that never saw one before would have drafted."""
+    return [fresh(model, tokens[:at], 1) == [tokens[at]] for at in range(len(tokens) - count, len(tokens))]
+
+
+def half_right(model, length, seed=3):
+    """A text that goes on as the model says, but for every other place or so."""
+    rng, tokens = random.Random(seed), [7, 3]
+    while len(tokens) < length:
+        tokens += fresh(model, tokens, 1) if rng.random() < 0.5 else [rng.randrange(V)]
+    return tokens
+
+
+@pytest.mark.parametrize("changes", [{}, SLIDING])  # run lean, and by transformers
+def test_a_model_looks_back_on_what_it_would_have_drafted_in_one_pass(changes):
+    model = tiny_model(**changes)
+    tokens = half_right(model, 30)
+    recorder = Recorder(model)
+    expected = first_drafts(model, tokens, 20)
+    assert 5 < sum(expected) < 15
+    for looked_at in (model, recorder):
+        assert ModelDrafter(looked_at, V).look_back(tokens, greedy_chances(20)) == expected
+    assert recorder.fed == [29]
+
+
+def test_a_look_back_feeds_what_is_missing_and_judges_no_token_twice(model):
+    tokens = half_right(model, 24)
+    drafter = ModelDrafter(model, V)
+    drafter.look_back(tokens[:20], greedy_chances(8))
+    assert drafter._cached == tokens[:19]
+    assert drafter.look_back(tokens, greedy_chances(8)) == first_drafts(model, tokens, 4)
+    assert drafter._cached == tokens[:23]
+    assert drafter.look_back(tokens, greedy_chances(8)) == []
+
+
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=1.0, top_k=8)])
+def test_a_look_back_changes_no_draft(model, k, sampling):
+    tokens = half_right(model, 28)
+    asked, untouched = ModelDrafter(model, V), ModelDrafter(model, V)
+    for drafter in (asked, untouched):
+        drafter.begin(sampling, generator())
+    for length in (9, 12, 21, 28):
+        asked.look_back(tokens[:length], greedy_chances(min(length - 2, 9)))
+        drafts = asked.propose(tokens[:length], k), untouched.propose(tokens[:length], k)
+        assert drafts[0].tokens == drafts[1].tokens
+        if not sampling.greedy:
+            torch.testing.assert_close(drafts[0].probs, drafts[1].probs)
+
+
+def test_a_look_back_stays_within_the_context_and_the_vocabulary(model):
+    assert ModelDrafter(model, V).look_back([1] * 49, greedy_chances(4)) == []
+    assert len(ModelDrafter(model, V).look_back([1] * 48, greedy_chances(4))) == 4
+    assert ModelDrafter(model, 80).look_back([1, 2, 70, 3], greedy_chances(2)) == []
+
+
+def test_drawn_tokens_tell_how_often_drawn_drafts_are_kept(model):
+    """Tokens drawn from p: the mean of min(1, q / p) over them is the sum of min(p, q)."""
+    sampling = SamplingConfig(temperature=2.0)
+    drafter = ModelDrafter(model, V)
+    drafter.begin(sampling, generator())
+    prompt = [5, 9, 11]
+    with torch.inference_mode():
+        (q,) = probabilities(model(torch.tensor([prompt])).logits[0, -1:], sampling)
+    p = (torch.rand(V, generator=generator(1)) ** 4 + 0.1 * q).softmax(dim=-1) * 0.5 + 0.5 * q.roll(1)
+    seen = []
+    for token in torch.multinomial(p, 400, replacement=True, generator=generator(2)).tolist():
+        seen += drafter.look_back([*prompt, token], [float(p[token])])
+        drafter.propose(prompt, 1)  # forgets the token
+        drafter._rewind(prompt)
+    kept = float(torch.minimum(p, q).sum())
+    agreement = float((p * q).sum())
+    assert len(seen) == 400
+    assert abs(sum(seen) / 400 - kept) < 0.06 < kept - agreement
+
+
+def test_nobody_looks_back_on_nothing():
+    assert NoDrafter().look_back([1, 1, 1, 1], greedy_chances(2)) == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "count", "seen"),
+    [
+        ([1, 2, 3, 1, 2, 3, 1, 9], 3, [1, 1, 0]),
+        ([1, 2, 3, 1, 2, 3, 1, 9], 8, [1, 1, 0]),  # before, it would have drafted nothing
+        ([1, 2, 3, 4, 5], 3, []),
+    ],
+)
+def test_lookup_looks_back_by_hand(tokens, count, seen):
+    drafter = PromptLookupDrafter(max_ngram=3, min_ngram=2)
+    assert drafter.look_back(tokens, greedy_chances(count)) == seen
+
+
+@steady
+@given(st.lists(st.integers(0, 2), min_size=2, max_size=30), st.integers(1, 29), st.integers(0, 29))
+def test_lookup_looks_back_on_what_a_search_finds_and_drafts_as_ever(tokens, count, known):
+    drafter, count = PromptLookupDrafter(max_ngram=3, min_ngram=1), min(count, len(tokens) - 1)
+    drafter.propose(tokens[: max(min(known, len(tokens) - count), 1)], 1)
+    drafts = [(at, looked_up(tokens[:at], 1, 3, 1)) for at in range(len(tokens) - count, len(tokens))]
+    expected = [float(draft == [tokens[at]]) for at, draft in drafts if draft]
+    assert drafter.look_back(tokens, greedy_chances(count)) == expected
+    assert drafter.propose(tokens, 3).tokens == looked_up(tokens, 3, 3, 1)
+
+
 # --- loading one
 
 

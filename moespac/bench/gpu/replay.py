@@ -80,6 +80,11 @@ class Replay:
         self._pending = ReplayedPass(seen, drafts, says)
         return self._pending
 
+    def look_back(self, tokens: int) -> list[float]:
+        """As ``Text.look_back``."""
+        assert self._text is not None
+        return self._text.look_back(tokens)
+
     def take_pass(self) -> ReplayedPass:
         """The pass that runs now: the one that was drafted for, or one without drafts."""
         taken = self._pending or self.draft(0)
@@ -108,6 +113,10 @@ class ReplayDrafter:
             accuracy = SimulationConfig().draft_routing_accuracy
             policy.foresee_window(guess(drafted.seen.routing, self._replay.experts, accuracy, self._rng))
         return Draft(drafted.drafts)
+
+    def look_back(self, tokens: list[int], chances: list[float]) -> list[float]:
+        self._timed.look_back(tokens, chances)
+        return self._replay.look_back(len(chances))
 
     def reset(self) -> None:
         self._timed.reset()
