@@ -189,16 +189,28 @@ class Governor:
         costs nothing; a new best makes them frequent. Where looking back tells what a window costs they become
         rare in any case: K = 0 is never tried, and in its place the best K above it is, if it is close."""
         self._probes += 1
-        probed = 1 if best == 0 else best - 1 if self._probes % 2 or best == self._most else best + 1
-        if self._extra:
-            probed = self._candidate(self._acceptance) if best == 0 else max(probed, 1)
+        if best and not self._extra and self._passes - self._timed_at[1] > self._config.probe_passes_most:
+            return self._try_none_again()
+        if best == 0:
+            probed = self._candidate(self._acceptance) if self._extra else 1
+        else:
+            down = self._probes % 2 or best == self._most
+            probed = max(best - 1, 1 if self._extra else 0) if down else best + 1
         close = self.rate(probed) >= (1 - self._config.close) * self.rate(best)
         if self._extra or not close:
             self._interval = min(2 * self._interval, self._config.probe_passes_most)
         if self._extra and best == 0 and not close:
             probed = 0
         # The first pass with drafts after one without teaches nothing then.
-        self._probed, self._probe_end = probed, self._passes + (2 if self._extra and best == 0 else 1)
+        return self._try(probed, 2 if self._extra and best == 0 else 1)
+
+    def _try_none_again(self) -> int:
+        """What a pass without drafts took was last measured in another hour, and its neighbours do not tell."""
+        self._times[1] = 1
+        return self._try(0, 2)
+
+    def _try(self, probed: int, passes: int) -> int:
+        self._probed, self._probe_end = probed, self._passes + passes
         self._next_probe = self._probe_end - 1 + self._interval
         return probed
 

@@ -65,6 +65,23 @@ def test_one_stall_does_not_change_its_mind() -> None:
     assert governor._best() >= before - 1
 
 
+def test_a_slow_begin_is_not_held_against_no_drafts() -> None:
+    """Passes without drafts took three times as long in the hour in which they were measured; now none pay."""
+    rng = random.Random(0)
+    governor = Governor(GovernorConfig())
+    chosen = []
+    for number in range(400):
+        k = governor.choose()
+        accepted = 0
+        while accepted < k and rng.random() < 0.5:
+            accepted += 1
+        plain = 3.0 if number < 20 else 1.0
+        governor.observe(k, accepted, 0.01 * k, 1.9 + 0.05 * k if k else plain)
+        chosen.append(k)
+    assert chosen[20:60].count(0) == 0  # its best is 3 or 4, whose neighbours are not 0
+    assert chosen[-100:].count(0) > 80
+
+
 def test_it_does_not_load_torch() -> None:
     code = "import sys, moespac.speculate.governor; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
