@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from moespac.config import ServeConfig
+from moespac.speculate.governor import FixedWindow
 from tests.serve.running import MODEL, events, in_thread
 
 QUESTION = "How many legs have 3 dogs?"
@@ -146,10 +147,7 @@ def test_completion_logprobs(client) -> None:
 
 def test_seed_fixes_the_draws_and_others_differ(engine) -> None:
     """With a fixed window: the governor's choices depend on the clock, and drafting spends draws."""
-    governor, engine._governor = (
-        engine._governor,
-        type("One", (), {"choose": lambda s: 2, "observe": lambda s, *a: 0})(),
-    )
+    governor, engine._governor = engine._governor, FixedWindow(2)
     try:
         with in_thread(engine) as server:
 
