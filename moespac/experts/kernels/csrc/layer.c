@@ -63,14 +63,20 @@ static Ahead weights_ahead(const Model *model, const Run *run) {
     return ahead;
 }
 
-/* What is there is kept there until it is computed. How many that are. */
-static int64_t take_ready(const Experts *experts, Groups *groups) {
+/* Enter the reads that are over; what is there is kept there until it is computed. How many those are, or BROKEN;
+ * `rings`: after which to wait for more. */
+static int64_t take_ready(const Experts *experts, Groups *groups, int64_t *rings) {
+    HostMemory *memory = experts->memory;
     int64_t taken = 0;
+    if (memory) {
+        *rings = moespac_reads_rings(memory->reads);
+        if (moespac_memory_settle(memory)) return BROKEN;
+    }
     for (int64_t job = 0; job < groups->jobs; job++) {
         int64_t expert = groups->experts[job];
         if (groups->state[job] >= READY || !experts->ready[expert]) continue;
         groups->state[job] = READY;
-        if (experts->memory) experts->memory->pins[experts->slots[expert]]++;
+        if (memory) memory->pins[experts->slots[expert]]++;
         taken++;
     }
     return taken;
@@ -121,13 +127,10 @@ static int compute(const Model *model, const Experts *experts, Run *run, Groups 
     return 1;
 }
 
-/* Until all are computed. */
-static int run_all(const Model *model, const Experts *experts, Run *run, Groups *groups, Span *span) {
+/* Until all are computed; those that are ready were taken, at so many `rings`. */
+static int run_all(const Model *model, const Experts *experts, Run *run, Groups *groups, Span *span, int64_t rings) {
     HostMemory *memory = experts->memory;
     for (;;) {
-        int64_t rings = memory ? moespac_reads_rings(memory->reads) : 0;
-        if (memory && moespac_memory_settle(memory)) return BROKEN;
-        take_ready(experts, groups);
         if (memory && run->order) {
             fetch(experts, run, groups);
             if (!count_in(groups, MISSING)) moespac_memory_pump(memory, run->order, run->row);
@@ -141,23 +144,21 @@ static int run_all(const Model *model, const Experts *experts, Run *run, Groups 
         } else {
             return PAUSED;
         }
+        if (take_ready(experts, groups, &rings) < 0) return BROKEN;
     }
 }
 
 int run_experts(const Model *model, const Experts *experts, Run *run) {
-    int64_t routings = run->tokens * model->top_k, hidden = decoder_shape(model->decoder)->hidden;
+    int64_t routings = run->tokens * model->top_k, hidden = decoder_shape(model->decoder)->hidden, rings = 0;
     Groups groups = group(model, experts, run, routings);
     HostMemory *memory = experts->memory;
-    if (memory) {
-        if (moespac_memory_settle(memory)) return BROKEN;
-        moespac_memory_start_layer(memory, run->row, groups.experts, groups.jobs);
-    }
-    int64_t hits = take_ready(experts, &groups);
-    int state = hits < groups.jobs && !(memory && run->order) ? ASKS : PAUSED;
+    int64_t hits = take_ready(experts, &groups, &rings);
+    if (memory && hits >= 0) moespac_memory_start_layer(memory, run->row, groups.experts, groups.jobs);
+    int state = hits < 0 ? BROKEN : hits < groups.jobs && !(memory && run->order) ? ASKS : PAUSED;
     if (state == PAUSED) {
         Span *span = &run->spans[run->row];
         *span = (Span){(double)groups.jobs, (double)hits, 0.0, 0.0};
-        state = run_all(model, experts, run, &groups, span);
+        state = run_all(model, experts, run, &groups, span, rings);
     }
     for (int64_t job = 0; job < groups.jobs; job++)
         if (groups.state[job] == READY) release(experts, &groups, job);
