@@ -168,14 +168,17 @@ class StripedReads:
 
     def _run(self, read: StripedRead, now: float) -> None:
         count = self._stripes - read.begun
-        together = self._config.stripes_ahead if read.speculative else self._config.readers
-        period = max(self._each, (self._latency + self._each) / together)
+        period = max(self._each, (self._latency + self._each) / self._together(read.speculative))
         begin = max(now + self._latency, self._free_at)
         run = _Run(read, begin, period, self._each, self._last, count)
         read.begun += count
         self._runs.append(run)
         self._free_at = run.end(count - 1)
         self._watch(run, now)
+
+    def _together(self, speculative: bool) -> int:
+        """Stripes of such reads that are under way at once."""
+        return self._config.stripes_ahead if speculative else self._config.readers
 
     def _free_readers(self, runs: deque[_Run] | list[_Run], now: float) -> tuple[int, int]:
         """Readers that ``runs`` leave, and how many of them may take speculative stripes."""
@@ -189,7 +192,7 @@ class StripedReads:
 
     def _watch(self, run: _Run, now: float) -> None:
         """Look whenever a reader becomes free that has no next stripe in the run."""
-        for stripe in range(max(run.complete(now), run.count - self._config.readers), run.count):
+        for stripe in range(max(run.complete(now), run.count - self._together(run.speculative)), run.count):
             self._clock.after(max(run.end(stripe) - now, 0.0), self._look)
 
     def _look(self) -> None:
