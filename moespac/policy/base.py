@@ -104,8 +104,8 @@ class Policy(ABC):
         """Learn from a completed pass. By default nothing."""
 
     def learn(self) -> None:
-        """There is time now for what ``observe`` put off. Whether this is called changes no decision. By default
-        nothing was put off."""
+        """There is time now for what ``observe`` put off: the next plan need not know it, a second one of the same
+        pass does. By default nothing was put off."""
 
     def foresee_window(self, counts: Counts) -> None:
         """``counts`` (layers, experts): what the drafter suggests for the pass to come."""

@@ -56,7 +56,7 @@ def test_a_policy_keeps_the_contract(name: str, capacity: Capacity, attended: bo
 
 @pytest.mark.parametrize("capacity", [Capacity(5), Capacity(12, 5)], ids=str)
 @pytest.mark.parametrize("name", SIMULATOR_POLICIES)
-def test_when_a_policy_learns_changes_no_decision(name: str, capacity: Capacity) -> None:
+def test_the_next_plan_does_not_know_what_was_put_off(name: str, capacity: Capacity) -> None:
     decided = []
     for learns in (False, True):
         rng = np.random.default_rng(3)
