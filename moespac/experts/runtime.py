@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from moespac.experts.devices import Computers, Groups, LayerTensors
+from moespac.experts.kernels.foresight import NativeForesight
 from moespac.experts.kernels.passes import Computed, HostExperts, PassOrder
 from moespac.experts.resident import ResidentExperts
 from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
 from moespac.policy.base import Policy, Sensor
 from moespac.policy.cost import MeasuredCosts
+from moespac.policy.foresight import Foresight
 from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
 from moespac.schedule.jobs import Jobs
 from moespac.schedule.layer import LayerRun
@@ -65,6 +67,7 @@ class ExpertRuntime:
         self._weights: list[NDArray[np.float32]] = []  # the router's weights beside them, for the recorder
         self._jobs = Jobs(memory.bell, clock)
         self._resident: ResidentExperts | None = None
+        self._foresight: NativeForesight | None = None
         self._host_experts: HostExperts | None = None
         if computers.kernel is not None:
             grid = (store.shape.layers, store.shape.experts)
@@ -85,6 +88,7 @@ class ExpertRuntime:
             self.memory.settle()
             self.memory.follow(self.policy.plan(window, self.memory.residency))
             self.memory.pump(self._retention(-1))
+            self.policy.learn()
 
     def begin_pass(self, window: Window) -> None:
         self._window = window
@@ -181,7 +185,17 @@ class ExpertRuntime:
         if not isinstance(self.memory, NativeMemory) or self.memory.all_at_hand:
             return None
         retention = self.policy.pass_retention()
-        return None if retention is None else PassOrder(retention)
+        return (
+            None if retention is None else PassOrder(retention, self._native_foresight(retention.foresight))
+        )
+
+    def _native_foresight(self, known: Foresight | None) -> NativeForesight | None:
+        """One for all passes under a policy."""
+        if known is None:
+            return None
+        if self._foresight is None or self._foresight.known is not known:
+            self._foresight = NativeForesight(known, self._shape)
+        return self._foresight
 
     @property
     def layers_in_peace(self) -> int | None:
