@@ -23,6 +23,7 @@ from math import sqrt
 
 from moespac.config import GovernorConfig
 from moespac.policy.windows import NOTHING, LookedBack
+from moespac.speculate.acceptance import Acceptance, towards
 
 
 class Governor:
@@ -31,11 +32,7 @@ class Governor:
     def __init__(self, config: GovernorConfig) -> None:
         self._most = most = config.most
         self._config = config
-        # One probability for all positions: later drafts are accepted a little less often, but one number is
-        # known from a few windows, and eight would each be noise.
-        self._acceptance = config.acceptance_prior
-        self._usual = config.acceptance_prior  # of many texts
-        self._judged = 0  # drafts of this text that were verified or looked back on
+        self._acceptance = Acceptance(config)
         self._judged_at = 0  # the last pass in which there were any
         self._drafted_at = 0  # the last pass that had drafts
         self._first = 0.0  # seconds that the experts of a pass's first token cost, running mean
@@ -58,9 +55,8 @@ class Governor:
         self._next_probe = config.probe_passes
 
     def begin(self) -> None:
-        """Another text: all that is known of its drafts is how others fared."""
-        self._acceptance = self._usual
-        self._judged = 0
+        """Another text, whose drafts may fare otherwise."""
+        self._acceptance.begin()
 
     def looks_back(self, k: int, undrafted: int) -> bool:
         """Whether the drafter is to look back on the tokens of ``undrafted`` passes before it drafts ``k``.
@@ -70,7 +66,7 @@ class Governor:
         """
         if k:
             return undrafted > 0
-        if not self._pass_seconds or undrafted < min(max(self._judged, 2), self._look_back_passes()):
+        if not self._pass_seconds or undrafted < min(max(self._acceptance.judged, 2), self._look_back_passes()):
             return False
         return self._rate(self._candidate(1.0), 1.0) > self.rate(0)
 
@@ -83,10 +79,9 @@ class Governor:
         """Drafts were verified, or looked back on: how often each is accepted, as far as that one tells."""
         step = self._step(self._judged_at)
         for seen in accepted:
-            self._judged += 1
-            few = 1 / (self._config.acceptance_drafts + self._judged)
-            self._acceptance = _towards(self._acceptance, seen, max(step, few))
-            self._usual = _towards(self._usual, seen, 1 / self._config.usual_drafts)
+            self._acceptance.see(seen, step)
+            step = self._step(self._passes)
+        if accepted:
             self._judged_at = self._passes
 
     def choose(self) -> int:
@@ -128,11 +123,11 @@ class Governor:
         """A pass ran ``drafted`` + 1 tokens, of whose drafts ``accepted`` were kept."""
         first, self._extra = looked_back
         self._passes += 1
-        self._first = _towards(self._first, first, max(1 / self._passes, 1 / self._config.mean_passes))
+        self._first = towards(self._first, first, max(1 / self._passes, 1 / self._config.mean_passes))
         if drafted:
             self.saw_drafts([1.0] * accepted + [0.0] * (accepted < drafted))
             step = self._step(self._drafted_at) if self._drafted_at else 1.0
-            self._draft_seconds = _towards(self._draft_seconds, draft_seconds / drafted, step)
+            self._draft_seconds = towards(self._draft_seconds, draft_seconds / drafted, step)
             self._drafted_at = self._passes
         if self._settled or not self._extra:
             self._measure(drafted + 1, pass_seconds - first)
@@ -147,15 +142,15 @@ class Governor:
         times = self._times[tokens] = self._times.get(tokens, 0) + 1
         if times > 1:
             off = (seen - known) / max(self._first + known, 1e-9)
-            self._noise = _towards(self._noise, off**2, 1 / self._config.mean_passes)
+            self._noise = towards(self._noise, off**2, 1 / self._config.mean_passes)
         # A plain mean at first: the very first passes of a text find cold caches, and must not count for long.
         step = max(self._step(self._timed_at.get(tokens, 0)), 1 / times)
-        self._pass_seconds[tokens] = _towards(known, seen, step)
+        self._pass_seconds[tokens] = towards(known, seen, step)
         self._timed_at[tokens] = self._passes
 
     def rate(self, k: int) -> float:
         """Tokens per second to expect of windows with ``k`` drafts."""
-        return self._rate(k, self._acceptance)
+        return self._rate(k, self._acceptance.rate)
 
     def _rate(self, k: int, acceptance: float) -> float:
         tokens = sum(acceptance**position for position in range(k + 1))
@@ -164,7 +159,7 @@ class Governor:
     def _best(self) -> int:
         """Drafting must be seen to pay, beyond what chance may show: wrong drafts also disturb what memory holds,
         which no one pass shows."""
-        best = self._candidate(self._acceptance)
+        best = self._candidate(self._acceptance.rate)
         seen = self.rate(best) * (1 - self._config.doubt * self._doubt(best))
         return best if seen > (1 + self._config.margin) * self.rate(0) else 0
 
@@ -192,7 +187,7 @@ class Governor:
         if best and not self._extra and self._passes - self._timed_at[1] > self._config.probe_passes_most:
             return self._try_none_again()
         if best == 0:
-            probed = self._candidate(self._acceptance) if self._extra else 1
+            probed = self._candidate(self._acceptance.rate) if self._extra else 1
         else:
             down = self._probes % 2 or best == self._most
             probed = max(best - 1, 1 if self._extra else 0) if down else best + 1
@@ -226,7 +221,7 @@ class Governor:
             return measured
         foreseen = self._first + self._pass_seconds[1] + self._extra[tokens - 1]
         times = min(float(self._times.get(tokens, 0)), self._config.mean_passes)
-        return _towards(foreseen, measured, times / (times + self._config.prior_passes))
+        return towards(foreseen, measured, times / (times + self._config.prior_passes))
 
     def _measured(self, tokens: int) -> float:
         """Beyond the first token: measured, or on the straight line between the nearest measured sizes."""
@@ -261,7 +256,3 @@ class FixedWindow:
     def saw_drafts(self, accepted: Sequence[float]) -> None: ...
 
     def observe(self, *seen: object) -> None: ...
-
-
-def _towards(mean: float, seen: float, step: float) -> float:
-    return mean + step * (seen - mean)
