@@ -50,8 +50,10 @@ class _Launched:
 class _Echo:
     """A runtime whose experts cost nothing."""
 
-    def forward(self, layer: int, norm: Any, x: torch.Tensor, index: Any, weights: Any) -> torch.Tensor:
-        return x
+    def forward(
+        self, layer: int, norm: Any, x: torch.Tensor, index: Any, weights: Any, into: torch.Tensor
+    ) -> torch.Tensor:
+        return into
 
 
 @dataclass(frozen=True)

@@ -136,14 +136,16 @@ class GroupedExperts:
         like: torch.Tensor,
         host_rows: NDArray[np.int64],
         nowhere: NDArray[np.int64],
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """-> as ``like`` (T, hidden): a token's rows times its ``weights`` (T, k), summed in the order of k.
 
         ``host_rows`` were written in ``layer_rows.host``, those in ``nowhere`` by nobody, the others in ``device``.
-        Which is which changes no bit of the result.
+        Which is which changes no bit of the result. In ``into``, if that is given, contiguous and like ``like``.
         """
         brought, source = layer_rows.bring_over(host_rows, nowhere)
-        joined = torch.empty_like(like)
+        fits = into is not None and into.dtype == like.dtype and into.is_contiguous()
+        joined = into if into is not None and fits else torch.empty_like(like)
         self._launcher.join(layer_rows.device, weights.contiguous(), joined, brought, source)
         return joined
 
