@@ -65,7 +65,7 @@ class LayerTensors:
         if self._apart or (self._kernel is not None and x.dtype != torch.float32):
             self._x_host = x.to("cpu", torch.float32 if self._kernel is not None else x.dtype)
         self._now = now
-        self._on_host: list[NDArray[np.int64]] = []  # experts that the host has computed, by number
+        self._on_host: list[NDArray[np.int64]] = []  # experts that the host has computed
         tokens, hidden = x.shape
         self._grouped = computers.grouped
         self._rows = None
@@ -99,21 +99,16 @@ class LayerTensors:
     def _rows_on_host(self) -> NDArray[np.int64]:
         chosen = np.zeros(self._groups.experts, dtype=bool)
         for experts in self._on_host:
-            chosen[experts] = True
+            chosen[experts - self._first_id] = True
         return self._groups.rows_of(chosen)
 
     def compute_on_host(self, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.float64]:
-        local = experts - self._first_id
-        self._on_host.append(local)
-        start = self._now()
+        self._on_host.append(experts)
         if self._kernel is None:
-            jobs = zip(local.tolist(), slots.tolist(), strict=True)
-            seconds = np.array([self._compute_in_torch(expert, slot) for expert, slot in jobs])
-        else:
-            x, arena, groups = self._x_host, self._computers.host, self._groups
-            seconds = self._kernel.run_share(x, groups.top_k, arena, slots, local, groups.numbers, self._out)
-        # On several threads at once, an expert costs the layer its share of the time that all took.
-        return seconds * ((self._now() - start) / max(sum(seconds.tolist()), 1e-9))
+            jobs = zip(experts.tolist(), slots.tolist(), strict=True)
+            return np.array([self._compute_in_torch(expert - self._first_id, slot) for expert, slot in jobs])
+        x, arena, groups = self._x_host, self._computers.host, self._groups
+        return self._kernel.run_share(x, groups, arena, slots, experts, self._first_id, self._out)
 
     def compute_on_accelerator(
         self, experts: NDArray[np.int64], slots: NDArray[np.int64], name: str

@@ -13,43 +13,45 @@ class Groups:
     """The tokens of each of a layer's experts: counts (experts,), and of expert e the buffer's rows
     ``order[begins[e]:][:counts[e]]``. Filled anew for each layer, in place.
 
-    ``routing`` (T, k) is what the layer's router chose; ``numbers`` is all three, as dispatch.c knows them.
+    ``numbers`` is all three, as dispatch.c knows them, and ``address`` where they lie.
     """
 
     def __init__(self, tokens: int, top_k: int, experts: int) -> None:
-        rows = tokens * top_k
+        self.tokens = tokens
         self.top_k = top_k
         self.experts = experts
         self.complete = True  # whether all rows are somebody's
-        self.numbers = np.empty(2 * experts + rows, np.int64)
+        self.numbers = np.empty(2 * experts + tokens * top_k, np.int64)
         self.address = address(self.numbers)
         self.counts = self.numbers[:experts]
         self.begins = self.numbers[experts : 2 * experts]
         self.order = self.numbers[2 * experts :]
-        self._library = load_library()
+        library = load_library()
+        self._group = library.moespac_group if library else None
 
     @staticmethod
     def of(routing: NDArray[np.int64], experts: int) -> Groups:
         tokens, top_k = routing.shape
         groups = Groups(tokens, top_k, experts)
-        groups.fill(torch.from_numpy(routing), np.empty(routing.shape, np.int64))
+        known = np.empty(routing.shape, np.int64)
+        groups.fill(torch.from_numpy(routing), known, address(known))
         return groups
 
-    def fill(self, index: torch.Tensor, routing: NDArray[np.int64]) -> None:
-        """``index`` (T, k) expert numbers, on any device; they are copied to ``routing`` (T, k).
+    def fill(self, index: torch.Tensor, routing: NDArray[np.int64], where: int) -> None:
+        """``index`` (T, k) expert numbers, on any device; they are copied to ``routing`` (T, k), whose address is
+        ``where``.
 
         Some families route a token to "no expert" with a number outside the range; nobody computes such rows, and
         in ``routing`` it is -1.
         """
         if not (index.is_cpu and index.dtype == torch.int64 and index.is_contiguous()):
             index = index.to("cpu", torch.int64).contiguous()
-        if self._library is None:
+        rows = self.tokens * self.top_k
+        if self._group is None:
             within = self.fill_in_python(index.numpy(), routing)
         else:
-            within = self._library.moespac_group(
-                index.data_ptr(), len(self.order), self.experts, self.address, address(routing)
-            )
-        self.complete = within == len(self.order)
+            within = self._group(index.data_ptr(), rows, self.experts, self.address, where)
+        self.complete = within == rows
 
     def fill_in_python(self, index: NDArray[np.int64], routing: NDArray[np.int64]) -> int:
         """How many rows are somebody's; nobody's come before and behind the others."""

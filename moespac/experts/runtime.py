@@ -14,6 +14,7 @@ from torch import nn
 from moespac.experts.desk import Desks
 from moespac.experts.devices import Computers, LayerTensors
 from moespac.experts.groups import Groups
+from moespac.experts.kernels.library import address
 from moespac.experts.kernels.passes import Computed, HostExperts, PassOrder
 from moespac.experts.resident import ResidentExperts
 from moespac.experts.store import ExpertStore
@@ -66,7 +67,9 @@ class ExpertRuntime:
         self._desks = Desks(self._shape.top_k, self._shape.experts)
         self._window: Window | None = None
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
-        self._kept: NDArray[np.int64] | None = None  # of the pass that runs, in one piece
+        self._kept: tuple[NDArray[np.int64], int] | None = (
+            None  # of the pass that runs, in one piece; its address
+        )
         self._weights: list[NDArray[np.float32]] = []  # the router's weights beside them, for the recorder
         self._jobs = Jobs(memory.bell, clock)
         self._resident: ResidentExperts | None = None
@@ -258,12 +261,12 @@ class ExpertRuntime:
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.forward(layer, norm, x, index, weights, into)
-        tokens, unattended = len(index), self._window is None
+        tokens, unattended = index.shape[0], self._window is None
         if unattended and layer == 0:
             self._forget_pass()
         desk = self._desks.of(tokens)
         groups = desk.groups
-        groups.fill(index, self._routed(layer, tokens))
+        groups.fill(index, *self._routed(layer, tokens))
         if self.recorder is not None:
             self._weights.append(weights.float().cpu().numpy())
         with self.clock.measure("decide"):
@@ -280,14 +283,15 @@ class ExpertRuntime:
             self._end_unattended_pass(tokens)
         return tensors.join(weights, into)
 
-    def _routed(self, layer: int, tokens: int) -> NDArray[np.int64]:
-        """(T, k) where the routing of a layer of this pass is kept."""
-        kept = self._kept
-        if kept is None or kept.shape[1] != tokens:
-            kept = self._kept = np.empty((self._shape.layers, tokens, self._shape.top_k), np.int64)
+    def _routed(self, layer: int, tokens: int) -> tuple[NDArray[np.int64], int]:
+        """(T, k) where the routing of a layer of this pass is kept, and its address."""
+        if self._kept is None or self._kept[0].shape[1] != tokens:
+            kept = np.empty((self._shape.layers, tokens, self._shape.top_k), np.int64)
+            self._kept = (kept, address(kept))
+        kept, where = self._kept
         routing = kept[layer]
         self._routing.append(routing)
-        return routing
+        return routing, where + layer * kept.strides[0]
 
     def _forget_pass(self) -> None:
         self._routing, self._weights, self._kept = [], [], None

@@ -52,22 +52,15 @@ class _Samples:
         self._prior = (first, further, there)
         self._latest = np.zeros((len(there), samples))
         self._seen = np.zeros(len(there), np.int64)
-        self._native = NativeSamples.over(first, further, there, self._latest, self._seen)
+        native = NativeSamples.over(first, further, there, self._latest, self._seen)
+        self.add = native.add if native else self.add_in_python
+        self.add_one = native.add_one if native else self.add_one_in_python
 
-    def add(self, tokens: NDArray[np.int64], seconds: Seconds) -> None:
-        """One after the other."""
-        if self._native is None:
-            self.add_in_python(tokens, seconds)
-        else:
-            self._native.add(tokens, seconds)
-
-    def add_one(self, tokens: int, seconds: float) -> None:
-        if self._native is None:
-            self.add_in_python(np.array([tokens]), np.array([seconds]))
-        else:
-            self._native.add_one(tokens, seconds)
+    def add_one_in_python(self, tokens: int, seconds: float) -> None:
+        self.add_in_python(np.array([tokens]), np.array([seconds]))
 
     def add_in_python(self, tokens: NDArray[np.int64], seconds: Seconds) -> None:
+        """One after the other."""
         first, further, there = self._prior
         for count, spent in zip(tokens.tolist(), seconds.tolist(), strict=True):
             bucket = min(round(math.log2(count)), len(there) - 1)

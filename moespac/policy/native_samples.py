@@ -35,9 +35,10 @@ class NativeSamples:
         return NativeSamples(library, samples, *arrays)
 
     def add(self, tokens: NDArray[np.int64], seconds: NDArray[np.float64]) -> None:
-        assert tokens.dtype == np.int64 and seconds.dtype == np.float64 and len(tokens) == len(seconds)
-        tokens, seconds = np.ascontiguousarray(tokens), np.ascontiguousarray(seconds)
-        self._observe(self._address, address(tokens), address(seconds), len(tokens))
+        assert tokens.dtype == np.int64 and tokens.size == seconds.size
+        if not seconds.flags.c_contiguous:
+            seconds = seconds.copy()
+        self._observe(self._address, address(tokens), address(seconds), tokens.size)
 
     def add_one(self, tokens: int, seconds: float) -> None:
         self._observe_one(self._address, tokens, seconds)

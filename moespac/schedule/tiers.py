@@ -145,7 +145,7 @@ class Tier:
             assert False not in self.ready[experts].tolist()
             self._pins[self._slot_of[experts]] += 1
             return
-        experts = np.ascontiguousarray(experts, np.int64)
+        assert experts.dtype == np.int64
         all_ready = self._library.moespac_pin(self.shelf_address, address(experts), experts.size)
         assert all_ready, "only ready records are pinned"
 
@@ -156,7 +156,7 @@ class Tier:
             assert 0 not in pins.tolist()
             self._pins[self._slot_of[experts]] = pins - 1
             return
-        experts = np.ascontiguousarray(experts, np.int64)
+        assert experts.dtype == np.int64
         all_pinned = self._library.moespac_release(self.shelf_address, address(experts), experts.size)
         assert all_pinned, "only pinned records are released"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from moespac.experts.kernels.library import (
     load_library,
 )
 from moespac.model.index import ExpertTensor
+
+if TYPE_CHECKING:
+    from moespac.experts.groups import Groups
 
 log = logging.getLogger(__name__)
 
@@ -139,30 +142,33 @@ class HostKernel:
     def run_share(
         self,
         x: torch.Tensor,
-        top_k: int,
+        groups: Groups,
         arena: torch.Tensor,
         slots: NDArray[np.int64],
-        experts: NDArray[np.int64],
-        numbers: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        first_id: int,
         out: torch.Tensor,
     ) -> NDArray[np.float64]:
-        """``run`` for some ``experts`` (jobs,) of a layer: each by its number, and with the rows that it has in
-        ``numbers``, those of ``Groups``. What ``run`` checks is the caller's to see to: every layer asks this."""
-        tokens, jobs = len(x), len(slots)
-        assert slots.dtype == experts.dtype == np.int64 and len(experts) == jobs
+        """``run`` for experts ``ids`` (jobs,) of a layer whose expert 0 has ``first_id``, and whose tokens
+        ``groups`` has. -> (jobs,) what each added to the time that all took together.
+
+        What ``run`` checks is the caller's to see to: every layer asks this.
+        """
+        jobs = slots.size
         seconds = np.empty(jobs)
         failed = self._run_share(
             self._kernel,
             x.data_ptr(),
-            tokens,
-            top_k,
+            groups.tokens,
+            groups.top_k,
             arena.data_ptr(),
             self._record_bytes,
             jobs,
             address(slots),
-            address(experts),
-            (len(numbers) - tokens * top_k) // 2,
-            address(numbers),
+            address(ids),
+            first_id,
+            groups.experts,
+            groups.address,
             out.data_ptr(),
             address(seconds),
         )
@@ -176,11 +182,10 @@ class HostKernel:
         """x (T * k, hidden), weights (T, k), both float32 and contiguous -> (T, hidden), weighted sums; ``into`` is
         that if it is float32 and contiguous too."""
         tokens, hidden = weights.shape[0], self._hidden
-        assert x.dtype == weights.dtype == torch.float32 and x.is_contiguous() and weights.is_contiguous()
-        assert x.shape == (tokens * top_k, hidden) and weights.shape[1] == top_k
         if into is None or into.dtype != torch.float32 or not into.is_contiguous():
             into = torch.empty(tokens, hidden)
-        assert into.shape == (tokens, hidden)
+        assert x.numel() == tokens * top_k * hidden and into.numel() == tokens * hidden
+        assert weights.dtype == torch.float32 and weights.is_contiguous()
         self._join(x.data_ptr(), weights.data_ptr(), tokens, top_k, hidden, into.data_ptr())
         return into
 

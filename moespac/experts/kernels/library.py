@@ -206,7 +206,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         ctypes.c_int,
         [
             *(_POINTER, _POINTER, _INT64, _INT64, _POINTER, _INT64),
-            *(_INT64, _POINTER, _POINTER, _INT64, _POINTER, _POINTER, _POINTER),
+            *(_INT64, _POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, _POINTER),
         ],
     ),
     "moespac_observe": (None, [_POINTER, _POINTER, _POINTER, _INT64]),

@@ -121,17 +121,24 @@ EXPORT int moespac_take(Share *shares, int64_t devices, const int64_t *counts, i
 
 /* ---- what the host computes ------------------------------------------------------------------------------------- */
 
-/* As moespac_kernel_run, for the experts `mine` (jobs) of a layer of `experts`; `numbers`: what moespac_group made of
- * its routing. */
+/* As moespac_kernel_run, for the experts `ids` (jobs) of a layer of `experts`, the first of which is `first_id`;
+ * `numbers`: what moespac_group made of its routing. On several threads at once, an expert costs the layer its share of
+ * the time that all took: `seconds` are such shares. */
 EXPORT int moespac_run_share(Kernel *kernel, const float *x, int64_t tokens, int64_t top_k, const char *arena,
-                             int64_t record_bytes, int64_t jobs, const int64_t *slots, const int64_t *mine,
-                             int64_t experts, int64_t *numbers, float *out, double *seconds) {
+                             int64_t record_bytes, int64_t jobs, const int64_t *slots, const int64_t *ids,
+                             int64_t first_id, int64_t experts, int64_t *numbers, float *out, double *seconds) {
     Groups groups = groups_at(numbers, experts);
     int64_t begins[jobs + 1], counts[jobs + 1];
+    double start = now(), sum = 0.0;
     for (int64_t job = 0; job < jobs; job++) {
-        begins[job] = groups.begins[mine[job]];
-        counts[job] = groups.counts[mine[job]];
+        begins[job] = groups.begins[ids[job] - first_id];
+        counts[job] = groups.counts[ids[job] - first_id];
     }
-    return kernel_run(kernel, x, tokens, top_k, arena, record_bytes, jobs, slots, groups.order, begins, counts, out,
-                      seconds, NULL);
+    if (kernel_run(kernel, x, tokens, top_k, arena, record_bytes, jobs, slots, groups.order, begins, counts, out,
+                   seconds, NULL))
+        return -1;
+    for (int64_t job = 0; job < jobs; job++) sum += seconds[job];
+    double share = (now() - start) / (sum > 1e-9 ? sum : 1e-9);
+    for (int64_t job = 0; job < jobs; job++) seconds[job] *= share;
+    return 0;
 }
