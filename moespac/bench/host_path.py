@@ -1,10 +1,10 @@
 """What the host spends on a layer while a device computes: microseconds of Python, with everything else taken out.
 
 `moespac bench host-path` makes a model of Qwen3-30B-A3B's layers and experts, all of them tiny, and
-decodes windows of it through recordings that do nothing when launched. Routers' choices are drawn: some experts are
-popular, so the device has many of those asked for and the host the others; nothing is copied meanwhile. What is left
-is the host's own path from a router's choice to the next launch. A real launch, copy and event cost microseconds
-more, which only a GPU can tell.
+decodes windows of it through recordings that do nothing when launched. Routers' choices are drawn: some experts
+are popular, so the device has many of those asked for and the host the others; nothing is copied meanwhile. What is
+left is the host's own path from a router's choice to the next launch. A real launch, copy and event cost
+microseconds more, which only a GPU can tell.
 CPU time of this thread, so that a busy machine does not count, and neither do waits.
 """
 

@@ -1,4 +1,4 @@
-"""An engine whose layers are dispatched natively, and one whose layers are all left to Python and the event loop."""
+"""An engine whose layers are dispatched natively, and one whose layers Python and the event loop dispatch."""
 
 from __future__ import annotations
 
