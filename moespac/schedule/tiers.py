@@ -209,6 +209,13 @@ class Tier:
         assert self.peak_slots <= self._most_slots, "the budget is never exceeded"
 
     def _victim(self, retention: NDArray[np.float64]) -> int:
+        if self._library is None or retention.dtype != np.float64:
+            return self._victim_in_python(retention)
+        books = (address(part) for part in (self._state, self._pins, self._expert_in))
+        slot = self._library.moespac_victim(*books, self.slots, READY, address(retention))
+        return NOWHERE if slot < 0 else int(self._expert_in[slot])
+
+    def _victim_in_python(self, retention: NDArray[np.float64]) -> int:
         evictable = np.flatnonzero((self._state == READY) & (self._pins == 0))
         if evictable.size == 0:
             return NOWHERE

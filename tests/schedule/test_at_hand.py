@@ -102,6 +102,23 @@ def test_pins_are_those_of_the_slots_that_are_left() -> None:
     assert here._pins.tolist() == [1, 1]
 
 
+@needs_library
+@CALM
+@given(
+    ready=st.sets(st.integers(0, TOTAL - 1), max_size=EXPERTS),
+    pinned=st.sets(st.integers(0, TOTAL - 1)),
+    values=st.lists(st.sampled_from([0.0, 1.0, 2.5, np.inf]), min_size=TOTAL, max_size=TOTAL),
+)
+def test_both_choose_the_same_victim(ready, pinned, values) -> None:
+    here = tier("host", sorted(ready, key=lambda e: e * 5 % 7))
+    for expert in ready & pinned:
+        here.pin(expert)
+    worth = np.array(values)
+    victim = here._victim(worth)
+    assert victim == here._victim_in_python(worth)
+    assert (victim in ready - pinned) == bool(ready - pinned)
+
+
 # ---- the turn and the loop ----------------------------------------------------------------------------------
 
 

@@ -181,10 +181,11 @@ class HostKernel:
     ) -> torch.Tensor:
         """x (T * k, hidden), weights (T, k), both float32 and contiguous -> (T, hidden), weighted sums; ``into`` is
         that if it is float32 and contiguous too."""
-        tokens, hidden = weights.shape[0], self._hidden
+        hidden = self._hidden
+        tokens = weights.numel() // top_k
         if into is None or into.dtype != torch.float32 or not into.is_contiguous():
             into = torch.empty(tokens, hidden)
-        assert x.numel() == tokens * top_k * hidden and into.numel() == tokens * hidden
+        assert into.numel() == tokens * hidden and x.numel() == tokens * top_k * hidden
         assert weights.dtype == torch.float32 and weights.is_contiguous()
         self._join(x.data_ptr(), weights.data_ptr(), tokens, top_k, hidden, into.data_ptr())
         return into

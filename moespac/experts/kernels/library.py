@@ -201,6 +201,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_group": (_INT64, [_POINTER, _INT64, _INT64, _POINTER, _POINTER]),
     "moespac_pin": (ctypes.c_int, [_POINTER, _POINTER, _INT64]),
     "moespac_release": (ctypes.c_int, [_POINTER, _POINTER, _INT64]),
+    "moespac_victim": (_INT64, [_POINTER, _POINTER, _POINTER, _INT64, ctypes.c_uint8, _POINTER]),
     "moespac_take": (ctypes.c_int, [_POINTER, _INT64, _POINTER, _INT64]),
     "moespac_run_share": (
         ctypes.c_int,
@@ -214,17 +215,23 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_pass": (ctypes.c_int, [_POINTER, _POINTER, _POINTER, _INT64]),
 }
 
+# These keep the GIL: they take a microsecond or a few, and who gives it up may wait milliseconds to have it back.
+_BRIEF = ("freshen", "group", "observe", "observe_one", "pin", "place", "release", "take", "victim")
+
 
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
     """The library, or None where there is none and none can be compiled, which is said once."""
     try:
-        library = ctypes.CDLL(str(_find() or _compile()))
+        file = str(_find() or _compile())
+        library, holding = ctypes.CDLL(file), ctypes.PyDLL(file)
     except (CompileError, OSError) as error:
         log.warning(
             "no native kernel (%s): experts on the CPU run in torch, which is several times slower", error
         )
         return None
+    for name in _BRIEF:
+        setattr(library, f"moespac_{name}", getattr(holding, f"moespac_{name}"))
     for name, (result, arguments) in _SIGNATURES.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

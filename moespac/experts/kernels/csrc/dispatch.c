@@ -119,6 +119,22 @@ EXPORT int moespac_take(Share *shares, int64_t devices, const int64_t *counts, i
     return 1;
 }
 
+/* The slot of the ready record that is retained least of those that nobody has pinned, the first of equals; -1: none. */
+EXPORT int64_t moespac_victim(const uint8_t *state, const int64_t *pins, const int64_t *expert_in, int64_t slots,
+                              uint8_t ready, const double *retention) {
+    int64_t victim = -1;
+    double least = 0;
+    for (int64_t slot = 0; slot < slots; slot++) {
+        if (state[slot] != ready || pins[slot]) continue;
+        double value = retention[expert_in[slot]];
+        if (victim < 0 || value < least) {
+            victim = slot;
+            least = value;
+        }
+    }
+    return victim;
+}
+
 /* ---- what the host computes ------------------------------------------------------------------------------------- */
 
 /* As moespac_kernel_run, for the experts `ids` (jobs) of a layer of `experts`, the first of which is `first_id`;
