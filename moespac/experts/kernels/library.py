@@ -202,6 +202,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_pin": (ctypes.c_int, [_POINTER, _POINTER, _INT64]),
     "moespac_release": (ctypes.c_int, [_POINTER, _POINTER, _INT64]),
     "moespac_victim": (_INT64, [_POINTER, _POINTER, _POINTER, _INT64, ctypes.c_uint8, _POINTER]),
+    "moespac_make_jobs": (_INT64, [_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER]),
     "moespac_take": (ctypes.c_int, [_POINTER, _INT64, _POINTER, _INT64]),
     "moespac_run_share": (
         ctypes.c_int,
@@ -216,7 +217,18 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 }
 
 # These keep the GIL: they take a microsecond or a few, and who gives it up may wait milliseconds to have it back.
-_BRIEF = ("freshen", "group", "observe", "observe_one", "pin", "place", "release", "take", "victim")
+_BRIEF = (
+    "freshen",
+    "group",
+    "make_jobs",
+    "observe",
+    "observe_one",
+    "pin",
+    "place",
+    "release",
+    "take",
+    "victim",
+)
 
 
 @functools.cache

@@ -135,6 +135,22 @@ EXPORT int64_t moespac_victim(const uint8_t *state, const int64_t *pins, const i
     return victim;
 }
 
+/* ---- what an accelerator computes -------------------------------------------------------------------------------- */
+
+/* Twin of `make_jobs_in_python` in experts/grouped/jobs.py: each of `n` experts' rows as jobs of up to `tokens`, a slot and
+ * then rows, filled up with -1. `jobs` has room for n + (all rows) / tokens of them; returns how many there are. */
+EXPORT int64_t moespac_make_jobs(const int64_t *slots, const int64_t *rows, const int64_t *begins, const int64_t *counts,
+                                 int64_t n, int64_t tokens, int32_t *jobs) {
+    int32_t *next = jobs;
+    for (int64_t e = 0; e < n; e++)
+        for (int64_t done = 0; done < counts[e]; done += tokens) {
+            *next++ = (int32_t)slots[e];
+            for (int64_t i = done; i < done + tokens; i++)
+                *next++ = i < counts[e] ? (int32_t)rows[begins[e] + i] : -1;
+        }
+    return (next - jobs) / (1 + tokens);
+}
+
 /* ---- what the host computes ------------------------------------------------------------------------------------- */
 
 /* As moespac_kernel_run, for the experts `ids` (jobs) of a layer of `experts`, the first of which is `first_id`;
