@@ -107,7 +107,7 @@ class LayerTensors:
         if self._kernel is None:
             jobs = zip(experts.tolist(), slots.tolist(), strict=True)
             return np.array([self._compute_in_torch(expert - self._first_id, slot) for expert, slot in jobs])
-        x, arena, groups = self._x_host, self._computers.host, self._groups
+        x, arena, groups = self._x_host.contiguous(), self._computers.host, self._groups
         return self._kernel.run_share(x, groups, arena, slots, experts, self._first_id, self._out)
 
     def compute_on_accelerator(
