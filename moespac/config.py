@@ -142,6 +142,25 @@ class UtilityConfig:
 
 
 @dataclass(frozen=True)
+class ForesightConfig:
+    """Routers of layers to come, asked early (policy/foresight.py)."""
+
+    layers: int = (
+        3  # asked ahead: a read takes as long as a layer or two; four to six gain 1% more, simulated
+    )
+    least: float = (
+        0.5  # chance of being needed from which on an expert is read early: .35 and .65 are as good
+    )
+    fade: float = 0.9  # of its urgency, for each layer that it is further away
+    step: float = 0.05  # of learning, for each expert that was needed: some hundred layers teach it
+    weights: tuple[float, float, float] = (
+        1.2,
+        1.8,
+        2.1,
+    )  # log odds to begin with, as the embedded model has them
+
+
+@dataclass(frozen=True)
 class BalanceConfig:
     """Slots over layers, and experts over devices."""
 
@@ -201,6 +220,7 @@ class PolicyConfig:
     sensors: SensorConfig = field(default_factory=SensorConfig)
     utility: UtilityConfig = field(default_factory=UtilityConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
+    foresight: ForesightConfig = field(default_factory=ForesightConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     baselines: BaselineConfig = field(default_factory=BaselineConfig)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from moespac.config import PolicyConfig
 from moespac.policy.cost import CostModel
 from moespac.policy.planner import MoeSpacPolicy
-from moespac.policy.sensors import DemandSensor, Expectation, Rates
+from moespac.policy.sensors import DemandSensor, Expectation, Lesson, Rates
 from moespac.policy.split import place_by_finish
 from moespac.policy.utility import Levels, UtilityEstimator, step
 from moespac.sim.result import SimResult
@@ -43,15 +43,15 @@ class MovingAverage(DemandSensor):
         super().restart(rate, tokens)
         self.average = rate.copy()
 
-    def observe(self, observation: Observation) -> None:
-        self.acceptance.observe(observation.window.drafted, observation.accepted)
-        kept = len(observation.window.tokens) - observation.window.drafted + observation.accepted
-        routed = observation.routing[:, :kept]
-        first = np.arange(self.shape.layers)[:, None, None] * self.shape.experts
-        counts = np.bincount((routed + first)[routed >= 0], minlength=self.shape.total)
-        self.average = np.float32(_KEPT) * self.average + np.float32((1 - _KEPT) / kept) * counts.astype(
-            np.float32
-        )
+    def follow(self, observation: Observation) -> Lesson:
+        lesson = super().follow(observation)
+        routed = lesson.routed
+        counts = np.bincount(routed[routed >= 0], minlength=self.shape.total).astype(np.float32)
+        self.average = np.float32(_KEPT) * self.average + np.float32((1 - _KEPT) / len(routed)) * counts
+        return lesson
+
+    def learn(self, lesson: Lesson) -> None:
+        """There is nothing else."""
 
 
 class NoEstimator(MoeSpacPolicy):

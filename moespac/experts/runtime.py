@@ -14,6 +14,7 @@ from torch import nn
 from moespac.experts.desk import Desks
 from moespac.experts.devices import Computers, LayerTensors
 from moespac.experts.groups import Groups
+from moespac.experts.kernels.foresight import NativeForesight
 from moespac.experts.kernels.library import address
 from moespac.experts.kernels.passes import Computed, HostExperts, PassOrder
 from moespac.experts.resident import ResidentExperts
@@ -21,6 +22,7 @@ from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
 from moespac.policy.base import Policy, Sensor
 from moespac.policy.cost import MeasuredCosts
+from moespac.policy.foresight import Foresight
 from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
 from moespac.schedule.at_hand import Hits
 from moespac.schedule.jobs import Jobs
@@ -73,6 +75,7 @@ class ExpertRuntime:
         self._weights: list[NDArray[np.float32]] = []  # the router's weights beside them, for the recorder
         self._jobs = Jobs(memory.bell, clock)
         self._resident: ResidentExperts | None = None
+        self._foresight: NativeForesight | None = None
         self._host_experts: HostExperts | None = None
         if computers.kernel is not None:
             grid = (store.shape.layers, store.shape.experts)
@@ -93,6 +96,7 @@ class ExpertRuntime:
             self.memory.settle()
             self.memory.follow(self.policy.plan(window, self.memory.residency))
             self.memory.pump(self._retention(-1))
+            self.policy.learn()
 
     def begin_pass(self, window: Window) -> None:
         self._window = window
@@ -189,7 +193,17 @@ class ExpertRuntime:
         if not isinstance(self.memory, NativeMemory) or self.memory.all_at_hand:
             return None
         retention = self.policy.pass_retention()
-        return None if retention is None else PassOrder(retention)
+        return (
+            None if retention is None else PassOrder(retention, self._native_foresight(retention.foresight))
+        )
+
+    def _native_foresight(self, known: Foresight | None) -> NativeForesight | None:
+        """One for all passes under a policy."""
+        if known is None:
+            return None
+        if self._foresight is None or self._foresight.known is not known:
+            self._foresight = NativeForesight(known, self._shape)
+        return self._foresight
 
     @property
     def layers_in_peace(self) -> int | None:

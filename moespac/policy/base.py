@@ -4,6 +4,7 @@ A decode step calls, in this order, all from one thread:
 
     foresee_window(counts)               the draft's own routing, for policies with Sensor.DRAFT_ROUTING
     plan(window, residency)              before the pass, the drafted tokens are known
+    learn()                              once the plan's transfers are on their way
     for each MoE layer, when its router has fired:
         foresee_layer(layer + 1, counts)     the next gate's guess, for policies with Sensor.NEXT_GATE
         placement(layer, counts, residency)  place(), unless that may be left out
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.policy.cost import CostModel
+from moespac.policy.foresight import Foresight
 from moespac.types import Capacity, ModelShape, Observation, Placement, Plan, Residency, Window
 
 TierName = Literal["host", "accelerator"]
@@ -39,11 +41,13 @@ class Sensor(Enum):
 
 class PassRetention(NamedTuple):
     """``retention("host", layer)`` of all layers of a pass at once: an expert is worth ``ran`` once its layer has
-    run, ``runs`` while it runs, and ``to_come`` before; (layers * experts,) both."""
+    run, ``runs`` while it runs, and ``to_come`` before; (layers * experts,) both. ``foresight``: who runs the pass
+    asks routers early, if it can, and what they say comes in place of ``to_come``."""
 
     ran: NDArray[np.float64]
     to_come: NDArray[np.float64]
     runs: float
+    foresight: Foresight | None = None
 
     def at(self, layer: int, experts: int) -> NDArray[np.float64]:
         """While ``layer`` runs (-1: before the first), in layers of so many ``experts``."""
@@ -98,6 +102,10 @@ class Policy(ABC):
 
     def observe(self, observation: Observation) -> None:
         """Learn from a completed pass. By default nothing."""
+
+    def learn(self) -> None:
+        """There is time now for what ``observe`` put off: the next plan need not know it, a second one of the same
+        pass does. By default nothing was put off."""
 
     def foresee_window(self, counts: Counts) -> None:
         """``counts`` (layers, experts): what the drafter suggests for the pass to come."""

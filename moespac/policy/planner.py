@@ -23,7 +23,8 @@ from moespac.policy.balance import (
 from moespac.policy.base import PassRetention, Policy, TierName
 from moespac.policy.copies import worth_copying
 from moespac.policy.cost import CostModel
-from moespac.policy.sensors import DemandSensor, Rates
+from moespac.policy.foresight import Foresight
+from moespac.policy.sensors import DemandSensor, Lesson, Rates
 from moespac.policy.split import Stakes, place_by_finish
 from moespac.policy.utility import UtilityEstimator
 from moespac.types import Capacity, Grid, Ids, ModelShape, Observation, Placement, Plan, Residency, Window
@@ -43,8 +44,10 @@ class MoeSpacPolicy(Policy):
         self._demand = DemandSensor(shape, config.sensors)
         scarcest = capacity.accelerator or capacity.host
         self._utility = UtilityEstimator(shape, scarcest / shape.total, config.utility)
+        self._foresight = Foresight(config.foresight)
         self._windows = 0
         self._planned = False
+        self._lesson: Lesson | None = None
         self._thresholds: dict[TierName, NDArray[np.int64]] = {}
         self._worth_in_host = np.ones(shape.total)
         self._given_up = np.zeros(0)  # what the accelerator's experts save, the least first
@@ -101,12 +104,19 @@ class MoeSpacPolicy(Policy):
         """With one device there is nothing else to ask."""
         if self.capacity.accelerator:
             return None
-        return PassRetention(self._later, self._now, self._beyond)
+        return PassRetention(self._later, self._now, self._beyond, self._foresight)
 
     def observe(self, observation: Observation) -> None:
-        """Teach the sensors; where nobody plans (stock generate), expect what the averages say."""
-        self._demand.observe(observation)
+        """Teach the sensors; where nobody plans (stock generate), expect what the averages say.
+
+        Without an accelerator, what says little of the very next token is learned once that one is planned: its
+        reads need not wait.
+        """
+        self.learn()
         window = observation.window
+        self._lesson = self._demand.follow(observation)
+        if self.capacity.accelerator or window.prefill or not self._planned:
+            self.learn()
         if not window.prefill:
             self._drafts_ahead = window.drafted > 0
             self._pass_tokens += (
@@ -116,12 +126,18 @@ class MoeSpacPolicy(Policy):
             self._expect(self._demand.rate(), 1)
         self._planned = False
 
+    def learn(self) -> None:
+        if self._lesson is not None:
+            self._demand.learn(self._lesson)
+            self._lesson = None
+
     @property
     def levels(self) -> NDArray[np.int8]:
         return self._utility.levels
 
     def save_profile(self, path: Path, model: str = "") -> None:
         """Keep what was learned; ``model`` may name the checkpoint beyond its shape."""
+        self.learn()
         profile.save(path, self._demand, model)
 
     def load_profile(self, path: Path, model: str = "") -> None:

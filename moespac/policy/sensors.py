@@ -41,6 +41,14 @@ class Foreseen(NamedTuple):
     features: Features  # of the context, which learns only once the window has run
 
 
+class Lesson(NamedTuple):
+    """A pass that has run, to be learned from."""
+
+    window: Window
+    routed: Ids  # (kept tokens, layers * k) flat ids
+    foreseen: Foreseen | None  # of it; None: nobody planned
+
+
 class Acceptance:
     """The running probability that the token at each window position is accepted."""
 
@@ -138,14 +146,26 @@ class DemandSensor:
         return Expectation(per_token * total, float(total))
 
     def observe(self, observation: Observation) -> None:
-        """Learn from a pass; tokens after the accepted ones were no real demand and teach nothing."""
+        """Take in a pass; tokens after the accepted ones were no real demand and do not count."""
+        lesson = self.follow(observation)
+        self.learn(lesson)
+
+    def follow(self, observation: Observation) -> Lesson:
+        """The part of ``observe`` that bears on the very next token; ``learn`` is the rest, of what is returned."""
         window = observation.window
         self.acceptance.observe(window.drafted, observation.accepted)
         kept = len(window.tokens) - window.drafted + observation.accepted
         routed = self._flat(observation.routing[:, :kept])  # (kept, layers * k)
-        self._compare(window.tokens, routed)
         for average in (self._last, self._fast, self._passage, self._slow):
             average.observe(routed, kept)
+        foreseen, self._foreseen = self._foreseen, None
+        return Lesson(window, routed, foreseen)
+
+    def learn(self, lesson: Lesson) -> None:
+        """What a token is routed to, in which company, and how far what was foreseen was right."""
+        window, routed, foreseen = lesson
+        kept = len(routed)
+        self._compare(window.tokens, routed, foreseen)
         for start in range(0, kept, _CHUNK):
             self._learn(window.tokens[start : min(start + _CHUNK, kept)], routed[start : start + _CHUNK])
         self.pairs.learn(window.tokens[:kept], routed)
@@ -164,9 +184,8 @@ class DemandSensor:
             np.minimum(by_layer, 1, out=by_layer)
         return rates
 
-    def _compare(self, tokens: Ids, routed: Ids) -> None:
+    def _compare(self, tokens: Ids, routed: Ids, foreseen: Foreseen | None) -> None:
         """Show the context what was expected of the window that has run, and what came."""
-        foreseen, self._foreseen = self._foreseen, None
         if foreseen is None or not np.array_equal(foreseen.tokens, tokens):
             return  # nobody planned this pass, or it is a long prefill
         product = foreseen.chances[: len(routed)].mean(axis=0)

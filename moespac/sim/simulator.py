@@ -303,6 +303,7 @@ class Simulation:
         self._memory.settle()
         self._memory.follow(self._policy.plan(window, self._memory.residency))
         self._memory.pump(self._retention(-1))
+        self._policy.learn()
 
     def _pump(self) -> None:
         self._memory.settle()

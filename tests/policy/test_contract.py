@@ -54,6 +54,27 @@ def test_a_policy_keeps_the_contract(name: str, capacity: Capacity, attended: bo
         _check_values(policy.retention("host", -1))
 
 
+@pytest.mark.parametrize("capacity", [Capacity(5), Capacity(12, 5)], ids=str)
+@pytest.mark.parametrize("name", SIMULATOR_POLICIES)
+def test_the_next_plan_does_not_know_what_was_put_off(name: str, capacity: Capacity) -> None:
+    decided = []
+    for learns in (False, True):
+        rng = np.random.default_rng(3)
+        policy = make_policy(name, SHAPE, capacity, PolicyConfig(), simulated=True)
+        passes = [routing(size, rng) for size, *_ in PASSES * 3]
+        policy.reveal(passes)
+        for (size, drafted, prefill), routed in zip(PASSES * 3, passes, strict=True):
+            window = Window(rng.integers(0, 9, size), drafted, prefill)
+            plan = policy.plan(window, residency(capacity, rng))
+            if learns:
+                policy.learn()
+            values = [policy.retention(tier, -1) for tier in ("host", "accelerator")]
+            decided.append([part.tolist() for part in (*vars(plan).values(), *values)])
+            policy.observe(Observation(window, routed, accepted=drafted // 2))
+    half = len(decided) // 2
+    assert decided[:half] == decided[half:]
+
+
 def _plan(policy: Policy, window: Window, counts: np.ndarray, now: Residency) -> None:
     if Sensor.DRAFT_ROUTING in policy.sensors:
         policy.foresee_window(counts)

@@ -126,6 +126,26 @@ def test_it_learns_without_being_asked_to_plan() -> None:
     assert set(policy.retention("host", -1).argsort()[-6:]) == {6, 7, 14, 15, 22, 23}
 
 
+def test_a_host_learns_what_can_wait_once_the_next_pass_is_planned() -> None:
+    """The averages know the pass at once; the token table knows it only when there is time."""
+    policy, sensor = _policy(), _policy()._demand
+    for tokens in ([1], [2]):
+        policy.plan(Window(np.array(tokens)), resident(HOST_ONLY))
+        policy.learn()
+        before = policy._demand.rate()
+        policy.observe(observation(tokens, [6]))
+        assert (policy._demand.rate() != before).any()
+        assert len(policy._demand.table) == tokens[0] - 1
+    policy.plan(Window(np.array([3])), resident(HOST_ONLY))
+    policy.learn()
+    assert len(policy._demand.table) == 2
+    for tokens in ([1], [2]):
+        sensor.expected(Window(np.array(tokens)))
+        sensor.observe(observation(tokens, [6]))
+    learned, expected = (part.table.frequencies for part in (policy._demand, sensor))
+    np.testing.assert_array_equal(learned, expected)
+
+
 def test_levels_do_not_overrule_demand() -> None:
     no_levels = dataclasses.replace(CONFIG.utility, level_weight=0.0)
     with_levels, without = _policy(), _policy(config=dataclasses.replace(CONFIG, utility=no_levels))

@@ -12,8 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from moespac.config import ForesightConfig
 from moespac.errors import StorageError
+from moespac.experts.kernels.foresight import NativeForesight
 from moespac.experts.kernels.library import load_library
+from moespac.experts.kernels.passes import PassOrder
+from moespac.policy.base import PassRetention
+from moespac.policy.foresight import Foresight
 from moespac.types import NO_IDS, Placement, Plan
 from tests.experts.fake_cuda import FakeDriver
 from tests.fakes import FakeStore
@@ -331,6 +336,29 @@ def test_a_demand_overtakes_queued_prefetches(native: bool) -> None:
     memory.quiesce()
     memory.close()
     assert store.reads == [1, 8, 2, 3]
+
+
+@needs_library
+def test_what_routers_foresee_is_read_first_and_kept() -> None:
+    """While layer 0 runs, layer 1 (experts 4 to 7) was foreseen: 5 and 7 are read before what was planned, and what
+    is likely there stays, whatever the plan thought of it."""
+    store = FakeStore(LAYERS, EXPERTS)
+    memory = HostMemory(store, host=4, readers=1)
+    for expert in (4, 6, 8, 9):
+        memory.demand_host(expert, ranks)
+    memory.quiesce()
+    store.reads.clear()
+    foresight = NativeForesight(Foresight(ForesightConfig()), store.shape)
+    order = PassOrder(PassRetention(np.zeros(TOTAL), ranks("host") / TOTAL, 2.0), foresight)
+    foresight.worth[4:8] = 0.9, 0.8, 0.1, 0.7
+    foresight._soon[:2] = 5, 7
+    foresight._foresight.end_soon, foresight._foresight.end = 2, 8
+    memory.follow(Plan(np.array([10, 11])))
+    memory._library.moespac_memory_pump(memory.address, order.address, 0)
+    memory.quiesce()
+    memory.close()
+    assert store.reads[:2] == [5, 7]
+    assert np.flatnonzero(memory.host.ready).tolist() == [4, 5, 7, 10], "6, 8 and 9 made way"
 
 
 @either

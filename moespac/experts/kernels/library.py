@@ -106,7 +106,28 @@ class Order(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("ran", "to_come")),
         ("runs", ctypes.c_double),
+        ("foresight", ctypes.c_void_p),
     ]
+
+
+class Foresight(ctypes.Structure):
+    """``Foresight`` of foresight.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("layers", "experts", "room")),
+        *((name, ctypes.c_double) for name in ("least", "fade", "step")),
+        *((name, ctypes.c_void_p) for name in ("weights", "worth")),
+        ("end", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("soon", "urgency")),
+        *((name, ctypes.c_int64) for name in ("first", "end_soon")),
+        *((name, ctypes.c_void_p) for name in ("heard", "margins")),
+    ]
+
+
+class Known(ctypes.Structure):
+    """``Known`` of foresight.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("ran", "to_come", "ready", "filling")]
 
 
 class HostMemory(ctypes.Structure):
@@ -213,6 +234,9 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     ),
     "moespac_observe": (None, [_POINTER, _POINTER, _POINTER, _INT64]),
     "moespac_observe_one": (None, [_POINTER, _INT64, ctypes.c_double]),
+    "moespac_foresight_learn": (None, [*[_POINTER] * 2, _INT64, _POINTER, _INT64, _INT64]),
+    "moespac_foresight_place": (_POINTER, [_POINTER, _INT64, _INT64]),
+    "moespac_foresight_hear": (None, [_POINTER, _POINTER, *[_INT64] * 4]),
     "moespac_pass": (ctypes.c_int, [_POINTER, _POINTER, _POINTER, _INT64]),
 }
 

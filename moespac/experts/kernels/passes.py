@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from moespac.experts.kernels.host import HostKernel
 from moespac.experts.kernels.library import Experts, Order, PassModel, Run
 from moespac.policy.base import PassRetention
+
+if TYPE_CHECKING:
+    from moespac.experts.kernels.foresight import NativeForesight
 
 _BROKEN, _FAILED, _OVER, _ASKS = -2, -1, 0, 2  # of what pass.c returns
 _NO_LIMIT = 1 << 30
@@ -44,9 +48,11 @@ class HostExperts:
 class PassOrder:
     """``PassRetention``, for the library."""
 
-    def __init__(self, retention: PassRetention) -> None:
-        self._held = retention
-        self._order = Order(retention.ran.ctypes.data, retention.to_come.ctypes.data, retention.runs)
+    def __init__(self, retention: PassRetention, foresight: NativeForesight | None) -> None:
+        """``foresight``: what ``retention`` says of it, for passes over this model."""
+        self._held = retention, foresight
+        ran, to_come = (value.ctypes.data for value in (retention.ran, retention.to_come))
+        self._order = Order(ran, to_come, retention.runs, foresight.begin() if foresight else None)
 
     @property
     def address(self) -> int:

@@ -208,6 +208,11 @@ static int route(Decoder *decoder, const Layer *layer, const float *normed, int 
     return 1;
 }
 
+int decoder_ask(Decoder *decoder, const Layer *layer, const float *x, int tokens, float *logits) {
+    norm_all(decoder, x, layer->between, tokens, decoder->normed);
+    return multiply(decoder, &layer->router, decoder->normed, tokens, logits) ? 0 : -1;
+}
+
 static int dense_block(Decoder *decoder, const Layer *layer, float *x, int tokens) {
     int64_t rows = layer->up.matrix.rows, width = layer->down.matrix.columns;
     if (!reserve((void **)&decoder->wide, &decoder->wide_capacity, (size_t)(4 * tokens * rows)) ||

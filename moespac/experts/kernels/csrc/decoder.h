@@ -55,6 +55,9 @@ Pool *decoder_borrow(Decoder *decoder, Pool *pool);
 int decoder_layer(Decoder *decoder, const Layer *layer, float *x, const float *block, int tokens, float *store,
                           int64_t room, int64_t start, const float *cos, const float *sin, float *normed,
                           int64_t *index, float *shares);
+/* logits (tokens, experts): what the router of `layer` says to x (tokens, hidden), the residual stream of a layer before
+ * it. -1 when memory is short. */
+int decoder_ask(Decoder *decoder, const Layer *layer, const float *x, int tokens, float *logits);
 void moespac_join(const float *x, const float *weights, int64_t tokens, int64_t top_k, int64_t hidden, float *y);
 int decoder_head(Decoder *decoder, const Weights *head, const float *weight, float *x, const float *block,
                          int tokens, float *logits);

@@ -17,7 +17,8 @@ static void vacate(HostMemory *memory, int64_t expert) {
 
 /* Experts of the layer that runs are `first` ... `end` - 1. */
 static double worth(const Order *order, int64_t expert, int64_t first, int64_t end) {
-    if (expert >= end) return order->to_come[expert];
+    const Foresight *foresight = order->foresight;
+    if (expert >= end) return foresight && expert < foresight->end ? foresight->worth[expert] : order->to_come[expert];
     return expert >= first ? order->runs : order->ran[expert];
 }
 
@@ -95,11 +96,19 @@ EXPORT void moespac_memory_start_layer(HostMemory *memory, int64_t layer, const 
     }
 }
 
-EXPORT void moespac_memory_pump(HostMemory *memory, const Order *order, int64_t layer) {
-    while (memory->first < memory->end && moespac_reads_count(memory->reads) < memory->read_ahead) {
-        int64_t expert = memory->ahead[memory->first++];
+/* Of ids[*first] ... ids[end - 1], as many as may be in flight. */
+static void read_ahead(HostMemory *memory, const Order *order, int64_t layer, const int64_t *ids, int64_t *first,
+                       int64_t end) {
+    while (*first < end && moespac_reads_count(memory->reads) < memory->read_ahead) {
+        int64_t expert = ids[(*first)++];
         if (!memory->ready[expert] && !memory->filling[expert]) read_expert(memory, order, layer, expert, 1);
     }
+}
+
+EXPORT void moespac_memory_pump(HostMemory *memory, const Order *order, int64_t layer) {
+    Foresight *foresight = order->foresight;
+    if (foresight) read_ahead(memory, order, layer, foresight->soon, &foresight->first, foresight->end_soon);
+    read_ahead(memory, order, layer, memory->ahead, &memory->first, memory->end);
 }
 
 EXPORT int moespac_memory_demand(HostMemory *memory, const Order *order, int64_t layer, int64_t expert) {

@@ -3,6 +3,7 @@
 #ifndef MOESPAC_HOST_MEMORY_H
 #define MOESPAC_HOST_MEMORY_H
 
+#include "foresight.h"
 #include "reads.h"
 
 /* Experts are flat ids. */
@@ -26,6 +27,7 @@ typedef struct {
 typedef struct {
     const double *ran, *to_come; /* (layers * experts) */
     double runs;
+    Foresight *foresight; /* NULL: routers are not asked early */
 } Order;
 
 /* Enter the reads that are over in the books. Returns how many failed that a layer waits for. */

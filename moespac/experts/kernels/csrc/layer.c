@@ -127,6 +127,24 @@ static int compute(const Model *model, const Experts *experts, Run *run, Groups 
     return 1;
 }
 
+/* Ask the routers of the layers to come what they will need. */
+static void look_ahead(const Model *model, const Experts *experts, const Run *run) {
+    const HostMemory *memory = experts->memory;
+    Foresight *foresight = run->order->foresight;
+    Known known = {run->order->ran, run->order->to_come, memory->ready, memory->filling};
+    const int64_t *index = run->index + run->row * run->tokens * model->top_k;
+    int64_t distance = 0;
+    moespac_foresight_learn(foresight, known.to_come, run->row, index, run->tokens, model->top_k);
+    for (int64_t layer = run->layer + 1; layer < model->layer_count && distance < foresight->layers; layer++) {
+        const Layer *next = &model->layers[layer];
+        if (next->up.matrix.rows) continue;
+        int64_t row = run->row + ++distance;
+        float *logits = moespac_foresight_place(foresight, row, distance);
+        if (decoder_ask(model->decoder, next, run->x, (int)run->tokens, logits)) return; /* memory is short */
+        moespac_foresight_hear(foresight, &known, row, distance, run->tokens, model->top_k);
+    }
+}
+
 /* Until all are computed; those that are ready were taken, at so many `rings`. */
 static int run_all(const Model *model, const Experts *experts, Run *run, Groups *groups, Span *span, int64_t rings) {
     HostMemory *memory = experts->memory;
@@ -158,6 +176,10 @@ int run_experts(const Model *model, const Experts *experts, Run *run) {
     if (state == PAUSED) {
         Span *span = &run->spans[run->row];
         *span = (Span){(double)groups.jobs, (double)hits, 0.0, 0.0};
+        if (memory && run->order) {
+            fetch(experts, run, &groups); /* what is late already goes first */
+            if (run->order->foresight) look_ahead(model, experts, run);
+        }
         state = run_all(model, experts, run, &groups, span, rings);
     }
     for (int64_t job = 0; job < groups.jobs; job++)
