@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import tempfile
@@ -20,6 +21,7 @@ from moespac.errors import ConfigError
 from moespac.experts.movers import host_arena
 
 _FILL = 16 << 20  # bytes written at once
+_ARENA = 64 << 20  # bytes that are read into: one of a few MiB is hardly in huge pages, of 2 MiB and aligned
 
 
 @dataclass(frozen=True)
@@ -119,14 +121,17 @@ def reopen_direct(fd: int) -> int | None:
 def read_rate(fd: int, block: int, blocks: int, depth: int, seconds: float) -> float:
     """Bytes/s of ``depth`` threads that read random ones of a file's first ``blocks`` for so many seconds."""
     # As the engine reads: into an arena that stays, in huge pages. Into small ones a disk gives a third as much.
-    arena = host_arena(depth, block).numpy()
+    turns = max(1, _ARENA // (block * depth))
+    arena = host_arena(turns * depth, block).numpy()
     arena[:] = 0  # a page is made when it is first written: not in the time that counts
 
     def read(thread: int) -> int:
         places = np.random.default_rng([block, depth, thread])
         done = 0
-        while time.perf_counter() < deadline:
-            done += os.preadv(fd, [arena[thread]], int(places.integers(blocks)) * block)
+        for slot in itertools.cycle(range(thread, turns * depth, depth)):
+            if time.perf_counter() >= deadline:
+                break
+            done += os.preadv(fd, [arena[slot]], int(places.integers(blocks)) * block)
         return done
 
     start = time.perf_counter()

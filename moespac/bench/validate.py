@@ -18,7 +18,7 @@ import torch
 
 import moespac
 from moespac.bench.machine import measure_machine, to_profile
-from moespac.config import MeasureConfig
+from moespac.config import MeasureConfig, MemoryConfig
 from moespac.engine.build import DEMO
 from moespac.engine.engine import Engine
 from moespac.experts.pack import pack
@@ -126,9 +126,10 @@ def _make_model(directory: Path, factor: int) -> tuple[SimModel, Path]:
 
 
 def _of_this_size(config: MeasureConfig, model: SimModel) -> MeasureConfig:
-    """Measure experts and blocks such as the model has."""
+    """Measure experts such as the model has, and blocks such as are read: a record in stripes."""
     width = model.expert_weights // (3 * model.hidden)
-    return replace(config, block_bytes=(model.expert_bytes,), expert_hidden=model.hidden, expert_width=width)
+    block = min(model.expert_bytes, MemoryConfig().stripe_bytes)
+    return replace(config, block_bytes=(block,), expert_hidden=model.hidden, expert_width=width)
 
 
 def _draft_seconds(path: Path, tokens: int) -> float:

@@ -45,6 +45,7 @@ class StorageReader:
         self.store = store
         self._arena = arena
         self._retries = config.read_retries
+        self.sharing = config.readers
         self._workers = Workers(STORAGE, config.readers if config.asynchronous else 0, bell, tape=tape)
 
     def move(self, expert: int, slot: int, source_slot: int | None, speculative: bool) -> Ticket:
@@ -76,6 +77,8 @@ def read_record(store: ExpertStore, expert: int, buffer: NDArray[np.uint8], retr
 
 class LinkCopier:
     """host -> accelerator: one copy at a time, so that each gets the whole link."""
+
+    sharing = 1
 
     def __init__(self, accelerator: Accelerator, arena: torch.Tensor, experts: int) -> None:
         """``experts`` in a layer."""

@@ -52,7 +52,7 @@ class Flight:
     expert: int
     ticket: Ticket
     demanded: bool  # a layer waits for it: an error is raised there, not only logged
-    load: int  # flights of its kind at once when it took off, itself included: they share the bandwidth
+    load: int  # flights of its kind that shared the bandwidth when it took off, itself included
 
 
 class ExpertMemory:
@@ -270,7 +270,7 @@ class ExpertMemory:
     def _read(self, expert: int, retention: Retention, speculative: bool) -> bool:
         if not self._reserve(self.host, expert, retention, speculative):
             return False
-        load = min(self._in_flight("host") + 1, self._config.readers)
+        load = min(self._in_flight("host") + 1, self.reader.sharing)
         ticket = self.reader.move(expert, self.host.slot(expert), None, speculative)
         self._flights["host", expert] = Flight(self.host, expert, ticket, not speculative, load)
         return True

@@ -39,6 +39,8 @@ class Bell(Protocol):
 class Mover(Protocol):
     """Brings records into the slots of one tier from the tier below."""
 
+    sharing: int  # transfers that share its bandwidth at once; those beyond that wait for their turn
+
     def move(self, expert: int, slot: int, source_slot: int | None, speculative: bool) -> Ticket:
         """Fill ``slot``; ``source_slot`` is where the tier below has the record, None if that is storage."""
         ...

@@ -1,8 +1,9 @@
 """A hardware profile at work in virtual time: it implements ``schedule.ports``, so that the engine's own schedule
 runs over it.
 
-- Storage: ``MemoryConfig.readers`` reads at once; each waits the latency, then all that are in flight share the
-  bandwidth.
+- Storage, as the engine chooses (``engine.build``): with an accelerator ``MemoryConfig.readers`` reads at once;
+  each waits the latency, then all that are in flight share the bandwidth. Without one, one after the other in
+  stripes (``sim.reads``); that the engine has its native kernel is assumed.
 - Link: one copy at a time.
 - Host: one expert at a time, on all cores, in the deciding thread, as the engine does it.
 - The host's memory is shared by the host's experts and the copies that read from it; reads from storage write to
@@ -19,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.config import MemoryConfig
+from moespac.schedule.ports import Mover
 from moespac.sim.clock import Action, SharedResource, VirtualBell, VirtualClock
 from moespac.sim.hardware import HardwareProfile
+from moespac.sim.reads import StripedReads
 from moespac.sim.shapes import SimModel
 from moespac.sim.workers import Job, VirtualTicket, VirtualWorkers
 from moespac.timeline import ACCELERATOR, LINK, STORAGE, Record, expert_name
@@ -29,11 +32,17 @@ _HOST, _LINK, _STORAGE = "host", "link", "storage"  # who shares a resource
 
 
 class Machine:
-    """One machine that runs one model. ``record`` is told its transfers and the accelerator's jobs."""
+    """One machine that runs one model."""
 
     def __init__(
-        self, hardware: HardwareProfile, model: SimModel, config: MemoryConfig, record: Record
+        self,
+        hardware: HardwareProfile,
+        model: SimModel,
+        config: MemoryConfig,
+        host_only: bool,
+        record: Record,
     ) -> None:
+        """``host_only``: no accelerator holds experts. ``record`` is told transfers and the accelerator's jobs."""
         self.clock = clock = VirtualClock()
         self.bell = bell = VirtualBell(clock)
         self.expert_host_seconds = cache(partial(hardware.expert_host_seconds, model))
@@ -46,9 +55,14 @@ class Machine:
 
         readers = config.readers if config.asynchronous else 0
         single = 1 if config.asynchronous else 0
-        self.reader = VirtualMover(
-            VirtualWorkers(STORAGE, readers, clock, bell, record), self._read, model.experts
-        )
+        self.reader: Mover
+        if host_only and config.asynchronous:
+            self.reader = StripedReads(
+                hardware, model.expert_bytes, model.experts, config, clock, bell, record
+            )
+        else:
+            workers = VirtualWorkers(STORAGE, readers, clock, bell, record)
+            self.reader = VirtualMover(workers, self._read, model.experts, sharing=config.readers)
         self.link = VirtualMover(VirtualWorkers(LINK, single, clock, bell, record), self._copy, model.experts)
         self.jobs = VirtualWorkers(ACCELERATOR, single, clock, bell, record)
 
@@ -80,7 +94,8 @@ class Machine:
 class VirtualMover:
     """``schedule.ports.Mover``: each transfer takes the time that ``transfer`` takes."""
 
-    def __init__(self, workers: VirtualWorkers, transfer: Job, experts: int) -> None:
+    def __init__(self, workers: VirtualWorkers, transfer: Job, experts: int, sharing: int = 1) -> None:
+        self.sharing = sharing
         self._workers = workers
         self._transfer = transfer
         self._experts = experts

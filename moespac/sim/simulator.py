@@ -154,7 +154,8 @@ class Simulation:
             governing = replace(setting.engine.governor, most=window)
             self._governor = Governor(governing)
             self._windows = WindowCosts(policy.shape, policy.costs, window + 1, governing.mean_passes)
-        self._machine = Machine(setting.hardware, setting.model, setting.engine.memory, record)
+        host_only = not setting.capacity.accelerator
+        self._machine = Machine(setting.hardware, setting.model, setting.engine.memory, host_only, record)
         self._shape = setting.model.to_model_shape()
         self._memory = ExpertMemory(
             self._shape,

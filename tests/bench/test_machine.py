@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from moespac.bench.storage_probe import StorageSpeed, fit_storage, measure_stora
 from moespac.cli import app
 from moespac.config import MeasureConfig
 from moespac.errors import ConfigError
+from moespac.experts.movers import host_arena
 from moespac.sim.hardware import find_profile
 from moespac.sim.shapes import model_from_config
 
@@ -117,6 +119,23 @@ def test_storage_is_read_and_nothing_stays(
     assert direct or not speed.direct
     assert len(advanced) == 4
     assert not list(tmp_path.iterdir())
+
+
+def test_a_read_lands_where_records_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All over an arena that has huge pages, however small the blocks and however few are read at once."""
+    file = tmp_path / "blocks"
+    file.write_bytes(b"\x01" * (1 << 16) * 4)
+    arenas = []
+    monkeypatch.setattr(
+        storage_probe, "host_arena", lambda *shape: arenas.append(host_arena(*shape)) or arenas[-1]
+    )
+    descriptor = os.open(file, os.O_RDONLY)
+    rate = storage_probe.read_rate(descriptor, 1 << 16, 4, depth=3, seconds=0.1)
+    os.close(descriptor)
+    (arena,) = arenas
+    assert rate > 0 and 63 << 20 < arena.nbytes <= 64 << 20
+    filled = arena[:, 0].sum().item()
+    assert filled > 3 * 20  # each of the three threads went on to other slots
 
 
 def test_nothing_stays_when_reading_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

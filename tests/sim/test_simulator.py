@@ -13,6 +13,8 @@ from moespac.policy.base import Policy, Sensor
 from moespac.policy.cost import CostModel
 from moespac.policy.registry import SIMULATOR_POLICIES
 from moespac.sim.guesses import guess
+from moespac.sim.hardware import HardwareProfile
+from moespac.sim.result import SimResult
 from moespac.sim.simulator import Setting, run, simulate
 from moespac.sim.study import Task, simulate_all
 from moespac.sim.texts import DrawnText, RecordedText
@@ -132,17 +134,42 @@ def test_a_copy_and_the_host_share_memory() -> None:
     assert copy.duration == pytest.approx(1.0 + 2.0)
 
 
-def test_reads_share_the_storage_and_wait_together() -> None:
+def _two_misses_a_layer(
+    hardware: HardwareProfile, capacity: Capacity
+) -> tuple[SimResult, list[tuple], CostModel]:
     trace = decoded([[[[0, 1], [0, 1]], [[2, 3], [2, 3]]]])
-    setting = Setting(HOST_ONLY, MODEL, Capacity(8), window=0, warm=False)
+    setting = Setting(hardware, MODEL, capacity, window=0, warm=False)
     timeline = Timeline()
-    result = run(Scripted(setting.capacity, []), trace, setting, [0], timeline.record)
-    reads = [(e.name, e.start, round(e.duration, 6)) for e in timeline.events if e.lane.startswith("storage")]
-    # The trunk takes 10 s a layer here. Two reads wait 2 s, then move 2 s of bytes each at half speed.
-    assert reads[:2] == [("0.0", 10.0, 6.0), ("0.1", 10.0, 6.0)]
-    # Both decoded layers: 10 s of trunk, 6 s of reading, 2 experts.
-    assert result.seconds_per_token == pytest.approx(36.0)
+    policy = Scripted(setting.capacity, [])
+    result = run(policy, trace, setting, [0], timeline.record)
+    reads = [
+        (e.name, round(e.start, 6), round(e.duration, 6))
+        for e in timeline.events
+        if e.lane.startswith("storage")
+    ]
+    return result, reads, policy.costs
+
+
+def test_with_an_accelerator_reads_share_the_storage_and_wait_together() -> None:
+    result, reads, costs = _two_misses_a_layer(MACHINE, Capacity(8, 1))
+    # The trunk takes 1 s a layer there. Two reads wait 2 s, then move 2 s of bytes each at half speed.
+    assert reads[:2] == [("0.0", 1.0, 6.0), ("0.1", 1.0, 6.0)]
+    assert costs.storage == pytest.approx(3.0)  # of 6 s, where two shared it
+    # Both decoded layers: 1 s of trunk, 6 s of reading, 2 experts.
+    assert result.seconds_per_token == pytest.approx(18.0)
     assert result.seconds["wait_for_experts"] == pytest.approx(12.0)
+    assert result.seconds["host_experts"] == pytest.approx(4.0)
+    assert result.storage_bytes == 400 and result.hit_rate == 0.0
+
+
+def test_without_one_a_read_has_the_storage_until_it_is_complete() -> None:
+    result, reads, costs = _two_misses_a_layer(HOST_ONLY, Capacity(8))
+    # The trunk takes 10 s a layer here. Two reads wait 2 s, then each moves 2 s of bytes.
+    assert reads[:2] == [("0.0", 10.0, 4.0), ("0.1", 10.0, 6.0)]
+    assert costs.storage == pytest.approx(2.0)  # of the second, since the first was complete
+    # Both decoded layers: 10 s of trunk, 4 s until the first expert is there; 1 s of it hides in the second's read.
+    assert result.seconds_per_token == pytest.approx(2 * (10 + 4 + 1 + 1 + 1))
+    assert result.seconds["wait_for_experts"] == pytest.approx(2 * (4 + 1))
     assert result.seconds["host_experts"] == pytest.approx(4.0)
     assert result.seconds["trunk"] == pytest.approx(20.0)
     assert result.storage_bytes == 400 and result.hit_rate == 0.0
