@@ -412,6 +412,13 @@ class DecodeBenchConfig:
 
 
 @dataclass(frozen=True)
+class DispatchConfig:
+    """How a layer's experts are handed to the devices."""
+
+    kept_tokens: int = 32  # windows of up to so many write to buffers that are kept: 2 MB of rows at 2048 x 8
+
+
+@dataclass(frozen=True)
 class HostPathConfig:
     """What ``moespac bench host-path`` is held against."""
 

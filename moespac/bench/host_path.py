@@ -1,8 +1,10 @@
 """What the host spends on a layer while a device computes: microseconds of Python, with everything else taken out.
 
 `moespac bench host-path` makes a model of Qwen3-30B-A3B's layers and experts, all of them tiny, and
-decodes windows of it through recordings that do nothing when launched. What is left is the host's own path from a
-router's choice to the next launch. A real launch, copy and event cost microseconds more, which only a GPU can tell.
+decodes windows of it through recordings that do nothing when launched. Routers' choices are drawn: some experts
+are popular, so the device has many of those asked for and the host the others; nothing is copied meanwhile. What is
+left is the host's own path from a router's choice to the next launch. A real launch, copy and event cost
+microseconds more, which only a GPU can tell.
 CPU time of this thread, so that a busy machine does not count, and neither do waits.
 """
 
@@ -25,20 +27,42 @@ from moespac.engine.engine import Engine
 from moespac.experts.runtime import OffloadedExperts
 from moespac.model.graphed import GraphedTrunk, graphed_trunk
 from moespac.model.lean import lean_trunk
-from moespac.model.recorder import InProcess, Work
+from moespac.model.recorder import InProcess, Mailbox, Work
+from moespac.model.stretches import RoutingRow
 from moespac.schedule.stats import PassClock
 from moespac.types import Window
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 _VOCABULARY = 256
+_DEAR = 1.0  # second to copy an expert: none is worth it
+_SKEW = 1.0  # of routing: the expert of rank r is chosen in proportion of 1 / r
 
 
 class _Hollow(InProcess):
-    """Runs work while it is recorded, and does nothing when it is launched."""
+    """Runs work while it is recorded, and does nothing when it is launched: what routers choose is put there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = np.random.default_rng(0)
+        self.popularity = -_SKEW * np.log1p(rng.permuted(np.tile(np.arange(EXPERTS), (LAYERS, 1)), axis=1))
+        self._rows: list[torch.Tensor] = []
 
     def record(self, work: Work, state: Sequence[torch.Tensor] = ()) -> Work:
         super().record(work, state)
         return lambda: None
+
+    def mailbox(self, source: torch.Tensor) -> Mailbox:
+        if source.dtype == torch.uint8:
+            self._rows.append(source)
+        return super().mailbox(source)
+
+    def route(self, tokens: int, rng: np.random.Generator) -> None:
+        """Put other choices in place of those of all layers, for windows of so many ``tokens``."""
+        rows = [row for row in self._rows if row.numel() == RoutingRow.bytes(tokens, TOP_K)]
+        for number, row in enumerate(rows):
+            drawn = self.popularity[number % LAYERS] + rng.gumbel(size=(tokens, EXPERTS))
+            chosen = np.argpartition(drawn, -TOP_K)[:, -TOP_K:]
+            RoutingRow(row, tokens, TOP_K).index.copy_(torch.from_numpy(chosen))
 
 
 class _Launched:
@@ -50,8 +74,10 @@ class _Launched:
 class _Echo:
     """A runtime whose experts cost nothing."""
 
-    def forward(self, layer: int, norm: Any, x: torch.Tensor, index: Any, weights: Any) -> torch.Tensor:
-        return x
+    def forward(
+        self, layer: int, norm: Any, x: torch.Tensor, index: Any, weights: Any, into: torch.Tensor
+    ) -> torch.Tensor:
+        return into
 
 
 @dataclass(frozen=True)
@@ -80,22 +106,23 @@ def measure(
         with load(Path(directory), accelerator_memory=accelerator, **settings) as engine:
             clock = engine.runtime.clock
             clock.now = thread_time
-            trunk = _trunk(engine, clock)
-            jobs = _a_fast_device(engine, max(windows))
-            whole = [_median(engine, trunk, clock, tokens, passes) for tokens in windows]
+            hollow = _Hollow()
+            trunk = _trunk(engine, hollow, clock)
+            jobs = _a_fast_device(engine, hollow, max(windows))
+            whole = [_median(engine, trunk, hollow, clock, tokens, passes) for tokens in windows]
             assert jobs, "the policy sent the device no job: this is not the path of two devices"
             for module in engine.model.modules():
                 if isinstance(module, OffloadedExperts):
                     echo: Any = _Echo()
                     module.attach(0, echo)
-            alone = [_median(None, trunk, clock, tokens, passes) for tokens in windows]
+            alone = [_median(None, trunk, hollow, clock, tokens, passes) for tokens in windows]
     pairs = zip(alone, whole, strict=True)
     return [HostTime(trunk, decide, max(0.0, both - decide - trunk)) for (trunk, _), (both, decide) in pairs]
 
 
-def _a_fast_device(engine: Engine, tokens: int) -> list[str]:
-    """The accelerator has done its jobs at once from now on, is known for it, and has experts; the list grows by
-    a name for each job."""
+def _a_fast_device(engine: Engine, hollow: _Hollow, tokens: int) -> list[str]:
+    """The accelerator has done its jobs at once from now on, is known for it, and has the popular experts, while
+    copies are known to be slow; the list grows by a name for each job."""
     memory: Any = engine.runtime.memory
     jobs: list[str] = []
 
@@ -104,33 +131,41 @@ def _a_fast_device(engine: Engine, tokens: int) -> list[str]:
         return _Launched()
 
     memory.link._accelerator.compute = compute
+    memory.link._accelerator.in_order = True  # as a card's jobs are: nobody waits for them
     costs, samples = engine.runtime.policy.costs, CostConfig().samples
     for count in range(1, tokens + 1):
         for _ in range(samples):
             costs.observe_accelerator(count, _Launched.seconds)
-    values = np.zeros(memory.shape.total)
+    values = hollow.popularity.ravel()
+    for expert in np.flatnonzero(~memory.host.ready).tolist():
+        memory.demand_host(expert, lambda tier: values)
+    memory.quiesce()
     slots = memory.accelerator.slots
-    for expert in np.random.default_rng(0).permutation(memory.shape.total)[:slots].tolist():
-        if not memory.accelerator.ready[expert] and memory.demand_accelerator(expert, lambda tier: values):
+    for expert in np.argsort(-hollow.popularity.ravel(), kind="stable")[:slots].tolist():
+        if not memory.accelerator.ready[expert]:
+            memory.demand_accelerator(expert, lambda tier: values)
             memory.quiesce()
+    for _ in range(samples):
+        costs.observe_link(_DEAR)
     return jobs
 
 
-def _trunk(engine: Engine, clock: PassClock) -> GraphedTrunk:
+def _trunk(engine: Engine, hollow: _Hollow, clock: PassClock) -> GraphedTrunk:
     lean = lean_trunk(engine.model, 1)
     assert lean is not None
-    trunk = graphed_trunk(engine.model, lean, _Hollow(), clock, GraphConfig())  # each size is launched once
+    trunk = graphed_trunk(engine.model, lean, hollow, clock, GraphConfig())  # each size is launched once
     assert trunk is not None
     return trunk
 
 
 def _median(
-    engine: Engine | None, trunk: GraphedTrunk, clock: PassClock, tokens: int, passes: int
+    engine: Engine | None, trunk: GraphedTrunk, hollow: _Hollow, clock: PassClock, tokens: int, passes: int
 ) -> tuple[float, float]:
     """Microseconds a layer of the host's path, and of deciding within it."""
     rng, cache, each = np.random.default_rng(0), trunk.new_cache(), []
     for _ in range(passes):
         window = Window(rng.integers(0, _VOCABULARY, tokens), drafted=tokens - 1)
+        hollow.route(tokens, rng)
         clock.path.clear()
         decided = clock.seconds["decide"]
         if engine is not None:

@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from moespac.config import CalibrationConfig
-from moespac.experts.devices import Computers, Groups, LayerTensors
+from moespac.experts.devices import Computers, LayerTensors
+from moespac.experts.groups import Groups
 from moespac.experts.store import ExpertStore
 from moespac.experts.workers import Bell
 from moespac.policy.cost import MeasuredCosts
@@ -93,7 +94,7 @@ class Workbench:
         accelerator = self.computers.accelerator
         assert accelerator is not None
         routing = np.tile(experts, (tokens, 1))
-        groups = Groups(routing, self.store.shape.experts)
+        groups = Groups.of(routing, self.store.shape.experts)
         x = torch.ones(tokens, self.hidden, dtype=self.dtype, device=accelerator.device)
         return LayerTensors(self.computers, None, groups, 0, x, time.perf_counter)
 

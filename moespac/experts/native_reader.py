@@ -71,6 +71,7 @@ class NativeReader:
         expert, slot = ctypes.c_int64(), ctypes.c_int64()
         places = ctypes.addressof(expert), ctypes.addressof(slot)
         while (what := self._library.moespac_reads_serve(self.address, *places)) != _CLOSED:
+            failed = False
             try:
                 record = self._arena[slot.value].numpy()
                 if what == _CHECK and isinstance(self.store, PackedStore):
@@ -78,5 +79,5 @@ class NativeReader:
                 else:
                     read_record(self.store, expert.value, record, self._retries)
             except Exception as error:  # carried to the thread that waits for the record
-                self.errors[expert.value] = error
-            self._library.moespac_reads_end(self.address, slot.value, expert.value in self.errors)
+                self.errors[expert.value], failed = error, True
+            self._library.moespac_reads_end(self.address, slot.value, failed)

@@ -11,8 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from moespac.experts.devices import Computers, Groups, LayerTensors
+from moespac.experts.desk import Desks
+from moespac.experts.devices import Computers, LayerTensors
+from moespac.experts.groups import Groups
 from moespac.experts.kernels.foresight import NativeForesight
+from moespac.experts.kernels.library import address
 from moespac.experts.kernels.passes import Computed, HostExperts, PassOrder
 from moespac.experts.resident import ResidentExperts
 from moespac.experts.store import ExpertStore
@@ -21,9 +24,10 @@ from moespac.policy.base import Policy, Sensor
 from moespac.policy.cost import MeasuredCosts
 from moespac.policy.foresight import Foresight
 from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
+from moespac.schedule.at_hand import Hits
 from moespac.schedule.jobs import Jobs
 from moespac.schedule.layer import LayerRun
-from moespac.schedule.memory import ExpertMemory, Retention
+from moespac.schedule.memory import ExpertMemory, LayerRetention, Retention
 from moespac.schedule.native import NativeMemory
 from moespac.schedule.stats import ExpertStats, PassClock, TierStats
 from moespac.timeline import expert_names
@@ -62,8 +66,12 @@ class ExpertRuntime:
         self._routers = routers
         self._asks_next_gate = Sensor.NEXT_GATE in policy.sensors
         self._shape = store.shape
+        self._desks = Desks(self._shape.top_k, self._shape.experts)
         self._window: Window | None = None
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
+        self._kept: tuple[NDArray[np.int64], int] | None = (
+            None  # of the pass that runs, in one piece; its address
+        )
         self._weights: list[NDArray[np.float32]] = []  # the router's weights beside them, for the recorder
         self._jobs = Jobs(memory.bell, clock)
         self._resident: ResidentExperts | None = None
@@ -92,7 +100,7 @@ class ExpertRuntime:
 
     def begin_pass(self, window: Window) -> None:
         self._window = window
-        self._routing, self._weights = [], []
+        self._forget_pass()
         if self.windows is not None and not self.memory.all_at_hand:
             self.windows.begin(window, self.memory.residency)
 
@@ -113,7 +121,7 @@ class ExpertRuntime:
     def abandon_pass(self) -> None:
         """The pass failed or was interrupted: forget it, and let what is in flight land."""
         self._window = None
-        self._routing, self._weights = [], []
+        self._forget_pass()
         if self.windows is not None:
             self.windows.reset()
         self._jobs.abandon()
@@ -253,7 +261,6 @@ class ExpertRuntime:
 
     # ---- layers that ask -------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def forward(
         self,
         layer: int,
@@ -261,40 +268,54 @@ class ExpertRuntime:
         x: torch.Tensor,
         index: torch.Tensor,
         weights: torch.Tensor,
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The experts block of MoE layer ``layer``: x (T, hidden), index and weights (T, k) -> (T, hidden)."""
-        routing = index.cpu().numpy().astype(np.int64, copy=False)
-        unattended = self._window is None
+        """The experts block of MoE layer ``layer``: x (T, hidden), index and weights (T, k) -> (T, hidden). In
+        ``into`` if that is given and can be."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.forward(layer, norm, x, index, weights, into)
+        tokens, unattended = index.shape[0], self._window is None
         if unattended and layer == 0:
-            self._routing, self._weights = [], []
-        groups = Groups(routing, self._shape.experts)
-        # "No expert" is a number past the last one in some families; the policy knows it as -1.
-        known = routing if groups.complete else np.where(routing < self._shape.experts, routing, -1)
-        self._routing.append(known)
+            self._forget_pass()
+        desk = self._desks.of(tokens)
+        groups = desk.groups
+        groups.fill(index, *self._routed(layer, tokens))
         if self.recorder is not None:
             self._weights.append(weights.float().cpu().numpy())
-        first_id = layer * self._shape.experts
-        retention = self._retention(layer)
         with self.clock.measure("decide"):
-            self._foresee(layer + 1, x)
+            if self._asks_next_gate:
+                self._foresee(layer + 1, x)
             placement = self.policy.placement(layer, groups.counts, self.memory.residency)
             self.memory.start_layer(layer, placement)
-            self._count_hits(placement.host, placement.accelerator)
-        tensors = LayerTensors(self._computers, norm, groups, first_id, x, self.clock.now)
+        first_id = layer * self._shape.experts
+        tensors = LayerTensors(self._computers, norm, groups, first_id, x, self.clock.now, desk)
         costs, clock = self.policy.costs, self.clock
         run = LayerRun(self.memory, tensors, costs, clock, self._jobs, groups.counts, first_id)
-        run.execute(placement, retention)
+        self._count_hits(placement, run.execute(placement, self._retention(layer)))
         if unattended and layer == self._shape.layers - 1:
-            self._end_unattended_pass(routing.shape[0])
-        return tensors.join(weights)
+            self._end_unattended_pass(tokens)
+        return tensors.join(weights, into)
+
+    def _routed(self, layer: int, tokens: int) -> tuple[NDArray[np.int64], int]:
+        """(T, k) where the routing of a layer of this pass is kept, and its address."""
+        if self._kept is None or self._kept[0].shape[1] != tokens:
+            kept = np.empty((self._shape.layers, tokens, self._shape.top_k), np.int64)
+            self._kept = (kept, address(kept))
+        kept, where = self._kept
+        routing = kept[layer]
+        self._routing.append(routing)
+        return routing, where + layer * kept.strides[0]
+
+    def _forget_pass(self) -> None:
+        self._routing, self._weights, self._kept = [], [], None
 
     def _foresee(self, layer: int, x: torch.Tensor) -> None:
         """Tell the policy what the gate of ``layer`` says to the hidden states of the layer before it."""
-        asked = self._asks_next_gate and layer < self._shape.layers
-        router = self._routers[layer] if asked else None
+        router = self._routers[layer] if layer < self._shape.layers else None
         guess = ask_router(router, x) if router is not None else None
         if guess is not None:
-            self.policy.foresee_layer(layer, Groups(guess.cpu().numpy(), self._shape.experts).counts)
+            self.policy.foresee_layer(layer, Groups.of(guess.cpu().numpy(), self._shape.experts).counts)
 
     def _end_unattended_pass(self, tokens: int) -> None:
         if len(self._routing) == self._shape.layers:
@@ -332,17 +353,13 @@ class ExpertRuntime:
     def _prefills(self) -> bool:
         return self._window is not None and self._window.prefill
 
-    def _count_hits(self, host: NDArray[np.int64], accelerator: NDArray[np.int64]) -> None:
-        if self._prefills:
-            return
-        self.stats.host.count(self.memory.host.ready[host].tolist().count(True), host.size)
-        if self.memory.accelerator is not None:
-            hits = self.memory.accelerator.ready[accelerator].tolist().count(True)
-            self.stats.accelerator.count(hits, accelerator.size)
+    def _count_hits(self, placement: Placement, hits: Hits) -> None:
+        if not self._prefills:
+            self.stats.host.count(hits.host, len(placement.host))
+            self.stats.accelerator.count(hits.accelerator, len(placement.accelerator))
 
     def _retention(self, layer: int) -> Retention:
-        """The policy's eviction order while ``layer`` runs, computed when the first slot is needed."""
-        return functools.cache(lambda tier: self.policy.retention(tier, layer))
+        return LayerRetention(self.policy, layer)
 
 
 class OffloadedExperts(nn.Module):
@@ -366,7 +383,7 @@ class OffloadedExperts(nn.Module):
 
     def stand_in(self) -> None:
         """Until ``attach``: something cheap that depends on all it is given, to compare forward passes with."""
-        self._forward = lambda x, index, weights: (
+        self._forward = lambda x, index, weights, into=None: (
             x * (weights * (index.to(x.device) % 7 + 1)).sum(-1, keepdim=True).to(x.dtype)
         )
 
@@ -379,6 +396,13 @@ class OffloadedExperts(nn.Module):
     ) -> torch.Tensor:
         assert self._forward is not None, "attach() comes before the first pass"
         return self._forward(hidden_states, top_k_index, top_k_weights)
+
+    def write(self, into: torch.Tensor, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> None:
+        """What ``forward`` makes of ``x``, to ``into`` (T, hidden)."""
+        assert self._forward is not None, "attach() comes before the first pass"
+        out = self._forward(x, index, weights, into)
+        if out is not into:
+            into.copy_(out)
 
 
 def offloaded_class(experts_class: type[nn.Module]) -> type[OffloadedExperts]:

@@ -166,7 +166,9 @@ class GraphedTrunk:
             if isinstance(experts, OffloadedExperts):  # the host decides who computes them
                 index = stretches.sent(number, self._clock)
                 path.launches += 2  # the copy, and the event behind it
-            block.copy_(experts.forward(x, index, weights))
+                experts.write(block, x, index, weights)
+            else:
+                block.copy_(experts.forward(x, index, weights))
             path.launches += 1
         self._launch(stretches, len(self._experts), watch)
         stretches.met = True
@@ -263,12 +265,12 @@ class _Stretches:
         return launch
 
     def sent(self, number: int, clock: PassClock) -> torch.Tensor:
-        """The router's choice in a layer, (T, k) int64 on the host, the caller's own."""
+        """The router's choice in a layer, (T, k) int64 on the host, until it is sent again."""
         box = self._boxes[number]
         box.send()
         with clock.measure("wait_for_device"):
             box.wait()
-        return self._chosen[number].clone()
+        return self._chosen[number]
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moespac.config import CostConfig
+from moespac.policy.native_samples import NativeSamples
 
 Seconds = NDArray[np.float64]
 
@@ -40,6 +41,43 @@ class _Median:
         self.value = sorted(self._latest)[(len(self._latest) - 1) // 2]
 
 
+class _Samples:
+    """The latest of what was measured at powers of two of tokens, scaled to them in the prior's proportion.
+
+    In native code where there is any: in a layer of a window there are dozens.
+    """
+
+    def __init__(self, first: float, further: float, there: Seconds, samples: int) -> None:
+        """The prior: ``first`` seconds for one token, ``further`` for each token after it, ``there`` (buckets,)."""
+        self._prior = (first, further, there)
+        self._latest = np.zeros((len(there), samples))
+        self._seen = np.zeros(len(there), np.int64)
+        native = NativeSamples.over(first, further, there, self._latest, self._seen)
+        self.add = native.add if native else self.add_in_python
+        self.add_one = native.add_one if native else self.add_one_in_python
+
+    def add_one_in_python(self, tokens: int, seconds: float) -> None:
+        self.add_in_python(np.array([tokens]), np.array([seconds]))
+
+    def add_in_python(self, tokens: NDArray[np.int64], seconds: Seconds) -> None:
+        """One after the other."""
+        first, further, there = self._prior
+        for count, spent in zip(tokens.tolist(), seconds.tolist(), strict=True):
+            bucket = min(round(math.log2(count)), len(there) - 1)
+            here = first + further * (count - 1)
+            place = self._seen[bucket] % self._latest.shape[1]
+            self._latest[bucket, place] = spent * there[bucket] / here
+            self._seen[bucket] += 1
+
+    def medians(self) -> dict[int, float]:
+        """By bucket, of those that have any; the lower one of two, since a stray measurement is a slow one."""
+        found = {}
+        for bucket in np.flatnonzero(self._seen).tolist():
+            latest = sorted(self._latest[bucket, : self._seen[bucket]].tolist())
+            found[bucket] = latest[(len(latest) - 1) // 2]
+        return found
+
+
 class _Curve:
     """Seconds as a function of tokens: at powers of two, measured or prior; linear between and beyond them.
 
@@ -53,9 +91,9 @@ class _Curve:
         """The prior: ``first`` seconds for one token, ``further`` for each token after it."""
         self._first, self._further = first, further
         self._nodes = 2.0 ** np.arange(config.buckets)
-        self._shape = self._prior = first + further * (self._nodes - 1)
-        self._measured = [_Median(config.samples) for _ in self._nodes]
-        self._scales: dict[int, tuple[int, float, float]] = {}  # by tokens, as they come
+        self._shape: Seconds = np.asarray(first + further * (self._nodes - 1), np.float64)
+        self._prior = self._shape
+        self._samples = _Samples(first, further, self._shape, config.samples)
         self._redraw = config.redraw
         self._seen = 0  # measurements
         self._draw()
@@ -69,25 +107,13 @@ class _Curve:
         self._draw()
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """``seconds`` is scaled, in the prior's proportion, from ``tokens`` to the nearest power of two."""
-        self.observe_all([tokens], [seconds])
+        self._samples.add_one(tokens, seconds)
+        self._seen += 1
 
-    def observe_all(self, tokens: Sequence[int], seconds: Sequence[float]) -> None:
+    def observe_all(self, tokens: NDArray[np.int64], seconds: Seconds) -> None:
         """``observe`` for several, in this order."""
-        samples: dict[int, list[float]] = {}
-        for count, spent in zip(tokens, seconds, strict=True):
-            bucket, there, here = self._scales.get(count) or self._scale(count)
-            samples.setdefault(bucket, []).append(spent * there / here)
-        for bucket, scaled in samples.items():
-            self._measured[bucket].observe(*scaled)
+        self._samples.add(tokens, seconds)
         self._seen += len(seconds)
-
-    def _scale(self, tokens: int) -> tuple[int, float, float]:
-        """The nearest power of two's place, and the prior's seconds there and at ``tokens``."""
-        bucket = min(round(math.log2(tokens)), len(self._nodes) - 1)
-        here = self._first + self._further * (tokens - 1)
-        self._scales[tokens] = scale = (bucket, float(self._shape[bucket]), here)
-        return scale
 
     def __call__(self, tokens: NDArray) -> Seconds:
         table = self.table()
@@ -104,9 +130,10 @@ class _Curve:
     def _draw(self) -> None:
         """Through the nodes, and on along the last piece."""
         seconds = self._prior
-        known = [i for i, measured in enumerate(self._measured) if measured.value is not None]
-        if known:
-            ratios = np.array([self._measured[i].value for i in known]) / self._prior[known]
+        medians = self._samples.medians()
+        if medians:
+            known = list(medians)
+            ratios = np.array(list(medians.values())) / self._prior[known]
             nearest = np.abs(np.arange(len(self._nodes))[:, None] - known).argmin(axis=1)
             seconds = np.maximum.accumulate(self._prior * ratios[nearest])
         slope = (seconds[-1] - seconds[-2]) / (self._nodes[-1] - self._nodes[-2])
@@ -182,7 +209,7 @@ class CostModel:
 
     def observe_host_experts(self, tokens: NDArray[np.int64], seconds: Seconds) -> None:
         """``observe_host`` for each of several experts."""
-        self._host.observe_all(tokens.tolist(), seconds.tolist())
+        self._host.observe_all(tokens, seconds)
 
     def observe_host_experts_beside_copy(self, tokens: NDArray[np.int64], seconds: Seconds) -> None:
         """``observe_host_beside_copy`` for each of several experts."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from moespac.experts.kernels.library import load_library
+from moespac.experts.kernels.library import address, load_library
 from moespac.policy.cost import CostModel, Seconds
 from moespac.types import Ids, Residency
 
@@ -47,29 +47,24 @@ def place(
     if library is None:
         return None
     experts, first_id = len(counts), layer * len(counts)
+    asked, host, accelerator, arriving = _asked_about(residency)
     by_host, by_accelerator = costs.tables()
     order = np.empty(experts, np.int64)
-    asked = _Layer(
-        residency.host.size,
-        experts,
-        first_id,
-        residency.capacity.accelerator,
-        _address(counts),
-        _address(residency.host) + first_id,
-        _address(residency.accelerator) + first_id,
-        _address(residency.arriving_accelerator) + first_id,
-        _address(by_host),
-        _address(by_accelerator),
-        len(by_host),
-        costs.link,
-        costs.storage,
-        costs.copy_toll,
-        order=order.ctypes.data,
+    asked.experts, asked.first_id, asked.counts = experts, first_id, _address(counts)
+    asked.host, asked.accelerator, asked.arriving = (
+        host + first_id,
+        accelerator + first_id,
+        arriving + first_id,
     )
-    if stakes is not None:
+    asked.by_host, asked.by_accelerator = _address(by_host), _address(by_accelerator)
+    asked.table, asked.order = len(by_host), address(order)
+    asked.link, asked.storage, asked.toll = costs.link, costs.storage, costs.copy_toll
+    if stakes is None:
+        asked.worth, asked.given_up, asked.victims = None, None, 0
+    else:
         asked.worth = _address(stakes.worth) + first_id * stakes.worth.itemsize
         asked.given_up, asked.victims = _address(stakes.given_up), len(stakes.given_up)
-    there = library.moespac_place(ctypes.byref(asked))
+    there = library.moespac_place(ctypes.addressof(asked))
     return None if there < 0 else (order[: asked.active], there)
 
 
@@ -100,15 +95,30 @@ def freshen(
     return True
 
 
+_latest: list[tuple[Residency, _Layer, int, int, int]] = []  # at most one
+
+
+def _asked_about(residency: Residency) -> tuple[_Layer, int, int, int]:
+    """What is asked in all layers alike, and where the flags of all layers lie: who decides has one residency."""
+    latest = _latest[0] if _latest else None
+    if latest is None or latest[0] is not residency:
+        asked = _Layer(total=residency.host.size, slots=residency.capacity.accelerator)
+        flags = (residency.host, residency.accelerator, residency.arriving_accelerator)
+        assert all(grid.flags.c_contiguous for grid in flags)
+        host, accelerator, arriving = (address(grid) for grid in flags)
+        latest = (residency, asked, host, accelerator, arriving)
+        _latest[:] = [latest]  # another engine's thread may put its own here
+    return latest[1:]
+
+
 _known: dict[int, tuple[NDArray[Any], int]] = {}  # arrays, and where they lie
 
 
 def _address(array: NDArray[Any]) -> int:
-    """Of an array that is likely to be asked for again: numpy takes more than a microsecond to say it."""
+    """Of an array that is likely to be asked for again."""
     known = _known.get(id(array))
     if known is None:
-        assert array.flags.c_contiguous
         if len(_known) == _MOST_KNOWN:
             _known.clear()
-        known = _known[id(array)] = (array, array.ctypes.data)
+        known = _known[id(array)] = (array, address(array))
     return known[1]

@@ -51,6 +51,10 @@ class Jobs:
             else:
                 self._jobs.append(job)
 
+    @property
+    def in_flight(self) -> bool:
+        return bool(self._jobs)
+
     def finish(self) -> None:
         """Wait until none is in flight."""
         while self._jobs:
@@ -61,8 +65,12 @@ class Jobs:
 
     def check(self) -> None:
         """Raises the error of a job that has failed, once no other is in flight."""
-        if self._error is None and not any(job.ticket.error for job in self._jobs):
-            return
+        if self._error is None:
+            for job in self._jobs:
+                if job.ticket.error is not None:
+                    break
+            else:
+                return
         self.finish()
         error, self._error = self._error, None
         assert error is not None

@@ -1,6 +1,7 @@
 """One layer's experts: place -> fetch what is missing, compute what is there, on both devices at once -> JOIN.
 
-The event loop of ``LayerRun`` is the asynchronous execution engine of the paper (section 3).
+The event loop of ``LayerRun`` is the asynchronous execution engine of the paper (section 3). Where all that is
+needed is at hand there is nothing to wait for, and it comes down to one turn.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from moespac.policy.base import TierName
 from moespac.policy.cost import CostModel
+from moespac.schedule.at_hand import NOTHING, Hits, Share
 from moespac.schedule.jobs import Jobs
 from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.ports import Devices
@@ -106,11 +108,53 @@ class LayerRun:
         self._first_id = first_id
         self._loaded_only: set[int] = set()
 
-    def execute(self, placement: Placement, retention: Retention) -> None:
-        """Have every active expert computed where it is placed.
+    def execute(self, placement: Placement, retention: Retention) -> Hits:
+        """Have every active expert computed where it is placed; returns how many were there.
 
         Raises StorageError or CheckpointError when an expert cannot be had; nothing stays pinned then.
         """
+        hits, host, accelerator = self._memory.at_hand.take(placement, self._counts, self._first_id)
+        if host is None or accelerator is None:
+            self._fetch_and_compute(placement, retention)
+        else:
+            self._compute(host, accelerator, retention)
+        if not self._devices.in_order and self._jobs.in_flight:
+            with self._clock.measure("wait_for_accelerator"):
+                self._jobs.finish()
+        self._jobs.check()
+        return hits
+
+    # ---- all is at hand --------------------------------------------------------------------------------
+
+    def _compute(self, host: Share, accelerator: Share, retention: Retention) -> None:
+        """What the loop of ``_run`` comes to then. The shares are pinned, and not when this returns or raises."""
+        memory, jobs = self._memory, self._jobs
+        try:
+            memory.settle()
+            jobs.reap()
+            if accelerator.experts.size:
+                self._launch_job(accelerator.experts, accelerator.slots, accelerator.total)
+                accelerator = NOTHING  # its pins now belong to the job
+            memory.pump(retention)
+            if host.experts.size:
+                self._run_on_host(host.experts, host.slots, host.tokens)
+                memory.host.release_all(host.experts)
+                host = NOTHING
+                memory.settle()
+                jobs.reap()
+                memory.pump(retention)
+        except BaseException:
+            jobs.finish()
+            raise
+        finally:
+            if host.experts.size:
+                memory.host.release_all(host.experts)
+            if accelerator.experts.size and memory.accelerator is not None:
+                memory.accelerator.release_all(accelerator.experts)
+
+    # ---- something is missing --------------------------------------------------------------------------
+
+    def _fetch_and_compute(self, placement: Placement, retention: Retention) -> None:
         host = Side(self._memory.host, placement.host)
         sides: dict[TierName, Side] = {"host": host}
         device = None
@@ -159,24 +203,13 @@ class LayerRun:
                 with self._clock.measure("wait_for_experts"):
                     self._memory.bell.wait_beyond(seen)
             else:
-                break
-        if not self._devices.in_order:
-            with self._clock.measure("wait_for_accelerator"):
-                self._jobs.finish()
-        self._jobs.check()
+                return
 
     def _compute_on_host(self, side: Side) -> None:
         """All that are ready; but while others wait for a slot, only as many as run at once, to release theirs."""
         most = self._devices.host_threads if side.missing else len(side.ready)
         experts = np.array(side.ready[:most])
-        slots = side.tier.slots_of[experts]
-        copying = self._memory.copying
-        with self._clock.measure("host_experts", self._names(experts)):
-            seconds = self._devices.compute_on_host(experts, slots)
-        if not copying:
-            self._costs.observe_host_experts(self._tokens(experts), seconds)
-        elif self._memory.copying:
-            self._costs.observe_host_experts_beside_copy(self._tokens(experts), seconds)
+        self._run_on_host(experts, side.tier.slots_of[experts], self._tokens(experts))
         del side.ready[:most]
         side.tier.release_all(experts)
 
@@ -193,10 +226,26 @@ class LayerRun:
         if side.ready:
             experts = np.array(side.ready)
             side.ready = []  # their pins now belong to the job
-            slots = side.tier.slots_of[experts]
-            ticket = self._devices.compute_on_accelerator(experts, slots, self._names(experts) or "")
-            self._jobs.add(ticket, side.tier, experts, int(self._tokens(experts).sum()), self._costs)
+            self._launch_job(experts, side.tier.slots_of[experts], int(self._tokens(experts).sum()))
         return released
+
+    # ---- either way ------------------------------------------------------------------------------------
+
+    def _run_on_host(
+        self, experts: NDArray[np.int64], slots: NDArray[np.int64], tokens: NDArray[np.int64]
+    ) -> None:
+        copying = self._memory.copying
+        with self._clock.measure("host_experts", self._names(experts)):
+            seconds = self._devices.compute_on_host(experts, slots)
+        if not copying:
+            self._costs.observe_host_experts(tokens, seconds)
+        elif self._memory.copying:
+            self._costs.observe_host_experts_beside_copy(tokens, seconds)
+
+    def _launch_job(self, experts: NDArray[np.int64], slots: NDArray[np.int64], tokens: int) -> None:
+        assert self._memory.accelerator is not None
+        ticket = self._devices.compute_on_accelerator(experts, slots, self._names(experts) or "")
+        self._jobs.add(ticket, self._memory.accelerator, experts, tokens, self._costs)
 
     def _tokens(self, experts: NDArray[np.int64]) -> NDArray[np.int64]:
         return self._counts[experts - self._first_id]

@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.config import MemoryConfig
-from moespac.policy.base import TierName
+from moespac.policy.base import Policy, TierName
 from moespac.policy.cost import CostModel
+from moespac.schedule.at_hand import AtHand
 from moespac.schedule.ports import Bell, Mover, Ticket
 from moespac.schedule.tiers import Move, Tier
 from moespac.types import Capacity, ModelShape, Placement, Plan, Residency
@@ -24,6 +25,23 @@ from moespac.types import Capacity, ModelShape, Placement, Plan, Residency
 log = logging.getLogger(__name__)
 
 Retention = Callable[[TierName], NDArray[np.float64]]
+
+
+class LayerRetention:
+    """A policy's eviction order while a layer runs (-1: between passes), asked for when a slot is needed."""
+
+    __slots__ = ("_asked", "_layer", "_policy")
+
+    def __init__(self, policy: Policy, layer: int) -> None:
+        self._policy = policy
+        self._layer = layer
+        self._asked: dict[TierName, NDArray[np.float64]] | None = None  # mostly nobody does
+
+    def __call__(self, tier: TierName) -> NDArray[np.float64]:
+        asked = self._asked = self._asked or {}
+        if tier not in asked:
+            asked[tier] = self._policy.retention(tier, self._layer)
+        return asked[tier]
 
 
 @dataclass
@@ -59,6 +77,7 @@ class ExpertMemory:
         if capacity.accelerator:
             self.accelerator = Tier("accelerator", capacity.accelerator, shape.record_bytes, shape.total)
         assert (link is None) == (self.accelerator is None)
+        self.at_hand = AtHand(self.host, self.accelerator, shape.experts)
         self.bytes_read = {"storage": 0, "link": 0}
         self.link_seconds = 0.0  # in which a copy ran; they run one after the other
         self._config = config
@@ -84,7 +103,7 @@ class ExpertMemory:
 
     def pump(self, retention: Retention) -> None:
         """Start prefetches, best first, as far as the queue depth allows. Cheap when there is nothing to do."""
-        if self.accelerator is not None:
+        if self.accelerator is not None and self._ahead["accelerator"]:
             self._pump_accelerator(self.accelerator, retention)
         queue = self._ahead["host"]
         while queue and self._in_flight("host") < self._config.read_ahead:
@@ -96,11 +115,15 @@ class ExpertMemory:
         """The layer's routing is known: prefetches of its other experts are useless now and are dropped, and
         what the placement wants ahead comes before the rest of the plan."""
         experts = self.shape.experts
+        end = (layer + 1) * experts
         for name, queue in self._ahead.items():
             if queue:
-                self._ahead[name] = deque(e for e in queue if e // experts > layer)
-        self._ahead["host"].extendleft(placement.prefetch.host[::-1].tolist())
-        self._ahead["accelerator"].extendleft(placement.prefetch.accelerator[::-1].tolist())
+                self._ahead[name] = deque([e for e in queue if e >= end])
+        prefetch = placement.prefetch
+        if prefetch.host.size:
+            self._ahead["host"].extendleft(prefetch.host[::-1].tolist())
+        if prefetch.accelerator.size:
+            self._ahead["accelerator"].extendleft(prefetch.accelerator[::-1].tolist())
         if not self._flights:
             return
         wanted = {*placement.host.tolist(), *placement.accelerator.tolist(), *placement.load.tolist()}
@@ -168,7 +191,7 @@ class ExpertMemory:
     @property
     def copying(self) -> bool:
         """Whether a copy to the accelerator is running now."""
-        return any(
+        return bool(self._flights) and any(
             name == "accelerator" and not flight.ticket.done for (name, _), flight in self._flights.items()
         )
 

@@ -147,7 +147,7 @@ class NativeMemory(ExpertMemory):
                     seconds,
                 )
                 continue
-            error = self._reads.errors.pop(expert)
+            error = self._reads.errors[expert]  # which may have failed twice since
             if raising and not speculative:
                 failure = error
             else:

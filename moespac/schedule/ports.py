@@ -69,7 +69,7 @@ class NativeReads(Bell, Protocol):
     """Reads from storage that native code begins and collects (csrc/reads.c); rings when one is over."""
 
     address: int  # of the library's own ``Reads``
-    errors: dict[int, Exception]  # by expert, of those that failed, until somebody takes them out
+    errors: dict[int, Exception]  # by expert, the latest of those that failed
     lanes: list[str]  # what a timeline calls who reads
 
     def close(self) -> None: ...

@@ -45,11 +45,17 @@ class PassClock:
     tape: Tape = field(default_factory=Tape)  # is told each span, if it is on
     path: HostPath = field(default_factory=HostPath)
     _blocks: list[_Block] = field(default_factory=list)  # that are open, the innermost last
+    _measured: dict[str, _Measured] = field(default_factory=dict)  # by cause, without a name of their own
     _since: float = 0.0  # when the innermost block began, or went on after one inside it
 
     def measure(self, cause: str, name: str | None = None) -> _Measured:
         """A context; on the timeline it is called ``name``, or else as its cause."""
-        return _Measured(self, _Block(cause, name or cause))
+        if name is not None:
+            return _Measured(self, _Block(cause, name))
+        known = self._measured.get(cause)
+        if known is None:
+            known = self._measured[cause] = _Measured(self, _Block(cause, cause))
+        return known
 
     def _begin(self, block: _Block) -> None:
         now = self.now()

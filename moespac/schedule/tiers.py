@@ -7,11 +7,13 @@ the deciding thread; movers only ever write the bytes of a filling slot.
 
 from __future__ import annotations
 
+import ctypes
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from moespac.experts.kernels.library import Shelf, address, load_library
 from moespac.policy.base import TierName
 
 FREE, FILLING, READY = 0, 1, 2
@@ -57,6 +59,9 @@ class Tier:
         self._pins = np.zeros(self.slots, dtype=np.int64)
         self._free = np.arange(self.slots - 1, -1, -1, dtype=np.int64)  # the first ``_counts[0]`` of them
         self._counts = np.array([self.slots, 0], dtype=np.int64)  # slots free; the most that were in use
+        self._library = load_library()
+        self._shelf = Shelf(address(self.ready), address(self._slot_of), address(self._pins))
+        self.shelf_address = ctypes.addressof(self._shelf)  # for native code that pins: it stays where it is
 
     @property
     def books(self) -> Books:
@@ -136,15 +141,24 @@ class Tier:
 
     def pin_all(self, experts: NDArray[np.int64]) -> None:
         """``pin`` for several at once, all different."""
-        assert False not in self.ready[experts].tolist()
-        self._pins[self._slot_of[experts]] += 1
+        if self._library is None:
+            assert False not in self.ready[experts].tolist()
+            self._pins[self._slot_of[experts]] += 1
+            return
+        assert experts.dtype == np.int64
+        all_ready = self._library.moespac_pin(self.shelf_address, address(experts), experts.size)
+        assert all_ready, "only ready records are pinned"
 
     def release_all(self, experts: NDArray[np.int64]) -> None:
         """``release`` for several at once, all different."""
-        slots = self._slot_of[experts]
-        pins = self._pins[slots]
-        assert 0 not in pins.tolist()
-        self._pins[slots] = pins - 1
+        if self._library is None:
+            pins = self._pins[self._slot_of[experts]]
+            assert 0 not in pins.tolist()
+            self._pins[self._slot_of[experts]] = pins - 1
+            return
+        assert experts.dtype == np.int64
+        all_pinned = self._library.moespac_release(self.shelf_address, address(experts), experts.size)
+        assert all_pinned, "only pinned records are released"
 
     def shrink(self, slots: int, retention: NDArray[np.float64]) -> list[Move]:
         """Go on with the first ``slots`` slots, 1 or more: the least retained records go, and those that stay in a
@@ -169,6 +183,7 @@ class Tier:
         self._expert_in = self._expert_in[:slots].copy()
         self._state = self._state[:slots].copy()
         self._pins = self._pins[:slots].copy()
+        self._shelf.pins = address(self._pins)
         free_now = np.flatnonzero(self._state == FREE)[::-1]
         self._free[: free_now.size], self._counts[0] = free_now, free_now.size
         return moves
@@ -194,6 +209,13 @@ class Tier:
         assert self.peak_slots <= self._most_slots, "the budget is never exceeded"
 
     def _victim(self, retention: NDArray[np.float64]) -> int:
+        if self._library is None or retention.dtype != np.float64:
+            return self._victim_in_python(retention)
+        books = (address(part) for part in (self._state, self._pins, self._expert_in))
+        slot = self._library.moespac_victim(*books, self.slots, READY, address(retention))
+        return NOWHERE if slot < 0 else int(self._expert_in[slot])
+
+    def _victim_in_python(self, retention: NDArray[np.float64]) -> int:
         evictable = np.flatnonzero((self._state == READY) & (self._pins == 0))
         if evictable.size == 0:
             return NOWHERE

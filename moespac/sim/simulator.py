@@ -7,7 +7,6 @@ time, transfers and arithmetic are virtual (``sim.machine``). ``Simulation._step
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -25,7 +24,7 @@ from moespac.policy.registry import make_policy
 from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
 from moespac.schedule.jobs import Jobs
 from moespac.schedule.layer import LayerRun
-from moespac.schedule.memory import ExpertMemory, Retention
+from moespac.schedule.memory import ExpertMemory, LayerRetention, Retention
 from moespac.schedule.stats import PassClock
 from moespac.sim.guesses import guess
 from moespac.sim.hardware import HardwareProfile
@@ -340,7 +339,7 @@ class Simulation:
                 costs.observe_accelerator(tokens, self._machine.expert_accelerator_seconds(tokens))
 
     def _retention(self, layer: int) -> Retention:
-        return functools.cache(lambda tier: self._policy.retention(tier, layer))
+        return LayerRetention(self._policy, layer)
 
     def _counts(self, routing: NDArray[np.int64]) -> NDArray[np.int64]:
         """(experts,) tokens of each, for one layer's (T, k) routing."""

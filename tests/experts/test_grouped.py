@@ -22,7 +22,7 @@ from moespac.experts.compute import ExpertMath
 from moespac.experts.format import stored_layout
 from moespac.experts.grouped import GroupedExperts
 from moespac.experts.grouped import experts as grouped_module
-from moespac.experts.grouped.jobs import NOBODY, make_jobs
+from moespac.experts.grouped.jobs import NOBODY, make_jobs, make_jobs_in_python
 from moespac.experts.grouped.staging import Staging
 from moespac.model.index import ExpertTensor
 from moespac.speculate.drafters import PromptLookupDrafter
@@ -293,6 +293,7 @@ def test_jobs_have_every_row_once(counts: list[int], most: int, seed: int) -> No
     slots = generator.permutation(100)[: len(counts)]
     jobs = make_jobs(slots, rows, begins, count, most)
     assert jobs.dtype == np.int32 and len(jobs) == sum(-(-n // most) for n in counts)
+    np.testing.assert_array_equal(jobs, make_jobs_in_python(slots, rows, begins, count, most))
     for slot, begin, n in zip(slots, begins, counts, strict=True):
         mine = jobs[jobs[:, 0] == slot, 1:].reshape(-1)
         assert mine[:n].tolist() == rows[begin : begin + n].tolist() and (mine[n:] == NOBODY).all()

@@ -22,6 +22,7 @@ from torch import nn
 from moespac.errors import ConfigError
 from moespac.experts.compute import ExpertMath
 from moespac.experts.format import FLOATS, Block, RecordLayout, align, packed_layout, stored_layout
+from moespac.experts.groups import Groups
 from moespac.experts.kernels import host
 from moespac.experts.kernels.host import HostKernel
 from moespac.experts.kernels.library import VARIABLE, load_library
@@ -285,6 +286,36 @@ def test_rows_without_a_job_are_left_alone(isa: str) -> None:
     assert error(out[[1, 4]], experts.expected_here(1, x[[0, 2]])) < TOLERANCES["int8"]
     empty = np.zeros(0, np.int64)
     assert kernel.run(x, 2, experts.arena, empty, rows, empty, empty, out).shape == (0,)
+
+
+def test_a_layers_share_is_what_its_jobs_are(isa: str) -> None:
+    """By flat ids and the layer's tokens by expert; and the join writes where it is told to."""
+    experts = make_experts(96, 64, "int8", slots=4)
+    kernel = HostKernel.build(experts.module, experts.layout, threads=2)
+    assert kernel is not None
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0))
+    routing = np.array([[4, 1], [1, 2], [4, 0]])
+    groups = Groups.of(routing, 5)
+    slots, first_id = np.array([3, 0]), 10
+    expected, found = torch.zeros(6, 96), torch.zeros(6, 96)
+    mine = np.array([4, 1])
+    begins, counts = groups.begins[mine], groups.counts[mine]
+    kernel.run(x, 2, experts.arena, slots, groups.order, begins, counts, expected)
+    seconds = kernel.run_share(x, groups, experts.arena, slots, first_id + mine, first_id, found)
+    assert torch.equal(found, expected) and found.any(dim=1).tolist() == [
+        True,
+        True,
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert seconds.shape == (2,) and (seconds > 0).all() and (seconds < 10).all()
+    weights, place = torch.rand(3, 2, generator=torch.Generator().manual_seed(1)), torch.zeros(3, 96)
+    assert kernel.join(found, weights, 2, place) is place
+    assert torch.equal(place, kernel.join(found, weights, 2))
+    other = torch.zeros(3, 96, dtype=torch.bfloat16)
+    assert kernel.join(found, weights, 2, other) is not other and not other.any()
 
 
 def test_calls_from_several_threads_take_turns(isa: str) -> None:

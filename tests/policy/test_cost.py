@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moespac.config import CostConfig
-from moespac.policy.cost import CostModel, MeasuredCosts
+from moespac.experts.kernels.library import load_library
+from moespac.policy.cost import CostModel, MeasuredCosts, _Samples
 
 MEGABYTE = 1 << 20
 
@@ -107,3 +108,23 @@ def test_a_curve_follows_many_measurements_at_a_time() -> None:
     waited = next(n for n in range(1, 20) if later(1, 5.0) == 5.0)
     assert 1 < waited <= 8
     assert [later(7, 6.0), later(1, 6.0)] == [5.0, 6.0]
+
+
+@pytest.mark.skipif(load_library() is None, reason="no native code on this machine")
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 5000), st.floats(1e-7, 10)), min_size=1, max_size=30), max_size=9
+    )
+)
+def test_both_enter_the_same_samples(batches: list[list[tuple[int, float]]]) -> None:
+    there = 1e-3 + 4e-4 * (2.0 ** np.arange(9) - 1)
+    native, python, one_by_one = (_Samples(1e-3, 4e-4, there, 5) for _ in range(3))
+    for batch in batches:
+        tokens, seconds = (np.array(column) for column in zip(*batch, strict=True))
+        native.add(tokens, np.stack([seconds, seconds], axis=1)[:, 0])  # not contiguous
+        python.add_in_python(tokens, seconds)
+        for count, spent in batch:
+            one_by_one.add_one(count, spent)
+    for other in (python, one_by_one):
+        np.testing.assert_array_equal(native._latest, other._latest)
+        assert native.medians() == other.medians()

@@ -322,6 +322,24 @@ def test_a_read_error_is_retried_then_typed(memory) -> None:
     assert memory.host.ready[5]
 
 
+@needs_library
+def test_a_read_that_fails_twice_before_anybody_hears_of_it() -> None:
+    """As in a pass that runs natively: it is read again, and fails again."""
+    memory = HostMemory(FakeStore(LAYERS, EXPERTS), host=2)
+    memory.store.failing.add(5)
+    for _ in range(2):
+        memory.demand_host(5, ranks)
+        while memory.host.filling[5]:
+            memory._library.moespac_memory_settle(memory.address)
+    with pytest.raises(StorageError, match=r"expert 1 of MoE layer 1 failed"):
+        memory.settle()
+    memory.store.failing.clear()
+    memory.demand_host(5, ranks)
+    memory.quiesce()
+    assert memory.host.ready[5]
+    memory.close()
+
+
 @either
 def test_a_demand_overtakes_queued_prefetches(native: bool) -> None:
     store = FakeStore(LAYERS, EXPERTS)

@@ -111,15 +111,18 @@ class GroupedExperts:
         assert x.is_contiguous() and out.is_contiguous() and out.dtype == torch.float32
         assert arena.shape[1] == self._record_bytes and arena.is_contiguous()
         assert out.shape == (x.shape[0] * top_k, self._launcher.hidden)
-        in_torch = counts > self._heavy
-        for slot, begin, count in zip(slots[in_torch], begins[in_torch], counts[in_torch], strict=True):
-            mine = torch.from_numpy(rows[begin : begin + count]).to(x.device)
-            out[mine] = self._math(x[mine // top_k], arena[slot], None).float()
-        grouped = ~in_torch & (counts > 0)
-        if not grouped.any():
+        most = int(counts.max(initial=0))
+        if most > self._heavy:
+            in_torch = counts > self._heavy
+            for slot, begin, count in zip(slots[in_torch], begins[in_torch], counts[in_torch], strict=True):
+                mine = torch.from_numpy(rows[begin : begin + count]).to(x.device)
+                out[mine] = self._math(x[mine // top_k], arena[slot], None).float()
+            slots, begins, counts = slots[~in_torch], begins[~in_torch], counts[~in_torch]
+            most = int(counts.max(initial=0))
+        if not most:
             return
-        slots, begins, counts = slots[grouped], begins[grouped], counts[grouped]
-        jobs = self._send(make_jobs(slots, rows, begins, counts, self._tokens_of_a_job(x.shape[0], counts)))
+        made = make_jobs(slots, rows, begins, counts, self._tokens_of_a_job(x.shape[0], most))
+        jobs = self._send(made)
         self._launcher.run(x, top_k, arena, jobs, self._buffers.inner(x.shape[0], top_k), out)
 
     def layer(self, tokens: int, top_k: int) -> LayerRows:
@@ -136,14 +139,16 @@ class GroupedExperts:
         like: torch.Tensor,
         host_rows: NDArray[np.int64],
         nowhere: NDArray[np.int64],
+        into: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """-> as ``like`` (T, hidden): a token's rows times its ``weights`` (T, k), summed in the order of k.
 
         ``host_rows`` were written in ``layer_rows.host``, those in ``nowhere`` by nobody, the others in ``device``.
-        Which is which changes no bit of the result.
+        Which is which changes no bit of the result. In ``into``, if that is given, contiguous and like ``like``.
         """
         brought, source = layer_rows.bring_over(host_rows, nowhere)
-        joined = torch.empty_like(like)
+        fits = into is not None and into.dtype == like.dtype and into.is_contiguous()
+        joined = into if into is not None and fits else torch.empty_like(like)
         self._launcher.join(layer_rows.device, weights.contiguous(), joined, brought, source)
         return joined
 
@@ -151,10 +156,11 @@ class GroupedExperts:
         """Bytes of device memory that computing so many experts once has to read."""
         return experts * self._record_bytes
 
-    def _tokens_of_a_job(self, tokens: int, counts: NDArray[np.int64]) -> int:
+    def _tokens_of_a_job(self, tokens: int, most: int) -> int:
+        """``most`` tokens that one expert has."""
         if tokens > self._config.window_tokens:
             return MATRIX_TOKENS
-        return next((most for most in VECTOR_TOKENS if counts.max() <= most), VECTOR_TOKENS[-1])
+        return next((size for size in VECTOR_TOKENS if most <= size), VECTOR_TOKENS[-1])
 
     def _send(self, jobs: NDArray[np.int32]) -> torch.Tensor:
         staged = self._jobs.claim(jobs.nbytes)

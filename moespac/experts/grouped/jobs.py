@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from moespac.experts.kernels.library import address, load_library
+
 NOBODY = -1  # a job's last entries, where its expert has fewer rows
 
 
@@ -20,6 +22,22 @@ def make_jobs(
     Expert j has ``rows[begins[j]:][:counts[j]]``; it gets as many jobs as it takes, one after the other, so that
     they find each other's weights in the cache.
     """
+    library = load_library()
+    if library is None:
+        return make_jobs_in_python(slots, rows, begins, counts, tokens)
+    jobs = np.empty((len(slots) + len(rows) // tokens, 1 + tokens), np.int32)
+    where = [address(part) for part in (slots, rows, begins, counts)]
+    assert slots.dtype == rows.dtype == begins.dtype == counts.dtype == np.int64
+    return jobs[: library.moespac_make_jobs(*where, len(slots), tokens, address(jobs))]
+
+
+def make_jobs_in_python(
+    slots: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    begins: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    tokens: int,
+) -> NDArray[np.int32]:
     needed = -(-counts // tokens)
     expert = np.repeat(np.arange(len(slots)), needed)  # of each job
     place = np.arange(len(expert)) - np.repeat(needed.cumsum() - needed, needed)  # among its expert's jobs

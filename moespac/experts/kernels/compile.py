@@ -36,7 +36,10 @@ _VARIANTS: dict[str, dict[str, list[str]]] = {
 }
 
 
-_ONCE = ("api", "decoder", "foresight", "host_memory", "layer", "pass", "place", "pool", "reads")
+_ONCE = (
+    *("api", "costs", "decoder", "dispatch", "foresight", "host_memory", "layer", "pass", "place", "pool"),
+    "reads",
+)
 _FOR_EACH = ("expert", "attention")  # sources compiled for each instruction set
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,8 +15,19 @@ from torch import nn
 from moespac.experts.compute import ExpertMath, reason_for_torch
 from moespac.experts.format import FLOATS, RecordLayout, TensorLayout, packed_layout, stored_layout
 from moespac.experts.kernels.gates import find_gate
-from moespac.experts.kernels.library import FORMATS, Expert, Gate, Matrix, chosen_isa, load_library
+from moespac.experts.kernels.library import (
+    FORMATS,
+    Expert,
+    Gate,
+    Matrix,
+    address,
+    chosen_isa,
+    load_library,
+)
 from moespac.model.index import ExpertTensor
+
+if TYPE_CHECKING:
+    from moespac.experts.groups import Groups
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +57,8 @@ class HostKernel:
         self.threads = max(1, threads)
         self._hidden = expert.down.rows
         self._record_bytes = record_bytes
-        self._run, self._join = library.moespac_kernel_run, library.moespac_join
+        self._run, self._run_share = library.moespac_kernel_run, library.moespac_run_share
+        self._join = library.moespac_join
         self._kernel = library.moespac_kernel_new(ctypes.addressof(expert), self.threads, isa)
         if not self._kernel:
             raise MemoryError("no memory for the native kernel")
@@ -127,14 +139,56 @@ class HostKernel:
             raise MemoryError("no memory for the activations of a pass")
         return seconds.numpy()
 
-    def join(self, x: torch.Tensor, weights: torch.Tensor, top_k: int) -> torch.Tensor:
-        """x (T * k, hidden), weights (T, k), both float32 and contiguous -> (T, hidden), weighted sums."""
-        tokens, hidden = x.shape[0] // top_k, x.shape[1]
-        assert x.dtype == weights.dtype == torch.float32 and x.is_contiguous() and weights.is_contiguous()
-        assert weights.shape == (tokens, top_k)
-        joined = torch.empty(tokens, hidden)
-        self._join(x.data_ptr(), weights.data_ptr(), tokens, top_k, hidden, joined.data_ptr())
-        return joined
+    def run_share(
+        self,
+        x: torch.Tensor,
+        groups: Groups,
+        arena: torch.Tensor,
+        slots: NDArray[np.int64],
+        ids: NDArray[np.int64],
+        first_id: int,
+        out: torch.Tensor,
+    ) -> NDArray[np.float64]:
+        """``run`` for experts ``ids`` (jobs,) of a layer whose expert 0 has ``first_id``, and whose tokens
+        ``groups`` has. -> (jobs,) what each added to the time that all took together.
+
+        What ``run`` checks is the caller's to see to: every layer asks this.
+        """
+        jobs = slots.size
+        seconds = np.empty(jobs)
+        failed = self._run_share(
+            self._kernel,
+            x.data_ptr(),
+            groups.tokens,
+            groups.top_k,
+            arena.data_ptr(),
+            self._record_bytes,
+            jobs,
+            address(slots),
+            address(ids),
+            first_id,
+            groups.experts,
+            groups.address,
+            out.data_ptr(),
+            address(seconds),
+        )
+        if failed:
+            raise MemoryError("no memory for the activations of a pass")
+        return seconds
+
+    def join(
+        self, x: torch.Tensor, weights: torch.Tensor, top_k: int, into: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x (T * k, hidden), weights (T, k), both float32 and contiguous -> (T, hidden), weighted sums; ``into`` is
+        that if it is float32 and contiguous too."""
+        hidden = self._hidden
+        tokens = weights.numel() // top_k
+        if into is None or into.dtype != torch.float32 or not into.is_contiguous():
+            into = torch.empty(tokens, hidden)
+        assert into.numel() == tokens * hidden and x.numel() == tokens * top_k * hidden
+        assert weights.dtype == torch.float32 and weights.is_contiguous()
+        self._join(x.data_ptr(), weights.data_ptr(), tokens, top_k, hidden, into.data_ptr())
+        return into
 
 
 def _address(array: NDArray[np.int64]) -> int:

@@ -1,0 +1,176 @@
+/* DISPATCH of a layer's experts in a few calls: its tokens by expert, what of it is there, what the host computes.
+ * Twins, in Python: `Groups` (experts/groups.py), `ExpertMemory.take` (schedule/memory.py), `Tier` (schedule/tiers.py). */
+#include <string.h>
+
+#include "experts.h"
+#include "memory.h"
+
+/* ---- tokens by expert ------------------------------------------------------------------------------------------- */
+
+/* The tokens of each of a layer's experts: counts (experts), begins (experts), order (routings), one behind the other.
+ * Expert e has the rows order[begins[e]] ... order[begins[e] + counts[e] - 1]. */
+typedef struct {
+    int64_t *counts, *begins, *order;
+} Groups;
+
+static Groups groups_at(int64_t *numbers, int64_t experts) {
+    return (Groups){numbers, numbers + experts, numbers + 2 * experts};
+}
+
+/* `index` (routings) expert numbers; one outside of 0 ... experts - 1 is nobody, and -1 in `routing` (routings), their
+ * copy. Fills `numbers` (2 * experts + routings) as Groups; nobody's rows come before and behind the others. Returns how
+ * many are somebody's. */
+EXPORT int64_t moespac_group(const int64_t *index, int64_t routings, int64_t experts, int64_t *numbers,
+                             int64_t *routing) {
+    Groups groups = groups_at(numbers, experts);
+    int64_t below = 0, begin = 0, within, behind;
+    memset(groups.counts, 0, (size_t)experts * sizeof *groups.counts);
+    for (int64_t i = 0; i < routings; i++) {
+        int64_t expert = index[i];
+        routing[i] = expert < 0 || expert >= experts ? -1 : expert;
+        if (expert < 0)
+            below++;
+        else if (expert < experts)
+            groups.counts[expert]++;
+    }
+    begin = below;
+    for (int64_t e = 0; e < experts; e++) {
+        groups.begins[e] = begin;
+        begin += groups.counts[e];
+    }
+    within = begin - below;
+    behind = begin;
+    below = 0;
+    for (int64_t i = 0; i < routings; i++) {
+        if (index[i] < 0)
+            groups.order[below++] = i;
+        else if (index[i] < experts)
+            groups.order[groups.begins[index[i]]++] = i;
+        else
+            groups.order[behind++] = i;
+    }
+    for (int64_t e = 0; e < experts; e++) groups.begins[e] -= groups.counts[e];
+    return within;
+}
+
+/* ---- what is there ---------------------------------------------------------------------------------------------- */
+
+/* What of a tier's books pinning takes: (layers * experts) flags and slots, (slots) pins. */
+typedef struct {
+    const uint8_t *ready;
+    const int64_t *slot_of;
+    int64_t *pins;
+} Shelf;
+
+static int64_t count_ready(const Shelf *shelf, const int64_t *ids, int64_t n) {
+    int64_t ready = 0;
+    for (int64_t i = 0; i < n; i++) ready += shelf->ready[ids[i]];
+    return ready;
+}
+
+static void pin(const Shelf *shelf, const int64_t *ids, int64_t n) {
+    for (int64_t i = 0; i < n; i++) shelf->pins[shelf->slot_of[ids[i]]]++;
+}
+
+/* Whether all are ready; if so, they are pinned. */
+EXPORT int moespac_pin(const Shelf *shelf, const int64_t *ids, int64_t n) {
+    if (count_ready(shelf, ids, n) < n) return 0;
+    pin(shelf, ids, n);
+    return 1;
+}
+
+/* Whether all were pinned; if so, each is once less. */
+EXPORT int moespac_release(const Shelf *shelf, const int64_t *ids, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        int64_t slot = shelf->slot_of[ids[i]];
+        if (slot < 0 || shelf->pins[slot] <= 0) return 0;
+    }
+    for (int64_t i = 0; i < n; i++) shelf->pins[shelf->slot_of[ids[i]]]--;
+    return 1;
+}
+
+/* Experts of one device in a layer, and what `moespac_take` says of them. */
+typedef struct {
+    const Shelf *shelf;
+    const int64_t *ids;
+    int64_t n;
+    int64_t ready, all_tokens; /* how many are; of all together */
+    int64_t *slots, *tokens;   /* (n) */
+} Share;
+
+/* Whether all of all shares are ready; if so, they are pinned. `counts` are the tokens of the experts from `first_id` on. */
+EXPORT int moespac_take(Share *shares, int64_t devices, const int64_t *counts, int64_t first_id) {
+    int all = 1;
+    for (int64_t d = 0; d < devices; d++) {
+        shares[d].ready = count_ready(shares[d].shelf, shares[d].ids, shares[d].n);
+        all &= shares[d].ready == shares[d].n;
+    }
+    if (!all) return 0;
+    for (int64_t d = 0; d < devices; d++) {
+        Share *share = &shares[d];
+        pin(share->shelf, share->ids, share->n);
+        share->all_tokens = 0;
+        for (int64_t i = 0; i < share->n; i++) {
+            share->slots[i] = share->shelf->slot_of[share->ids[i]];
+            share->tokens[i] = counts[share->ids[i] - first_id];
+            share->all_tokens += share->tokens[i];
+        }
+    }
+    return 1;
+}
+
+/* The slot of the ready record that is retained least of those that nobody has pinned, the first of equals; -1: none. */
+EXPORT int64_t moespac_victim(const uint8_t *state, const int64_t *pins, const int64_t *expert_in, int64_t slots,
+                              uint8_t ready, const double *retention) {
+    int64_t victim = -1;
+    double least = 0;
+    for (int64_t slot = 0; slot < slots; slot++) {
+        if (state[slot] != ready || pins[slot]) continue;
+        double value = retention[expert_in[slot]];
+        if (victim < 0 || value < least) {
+            victim = slot;
+            least = value;
+        }
+    }
+    return victim;
+}
+
+/* ---- what an accelerator computes -------------------------------------------------------------------------------- */
+
+/* Twin of `make_jobs_in_python` in experts/grouped/jobs.py: each of `n` experts' rows as jobs of up to `tokens`, a slot and
+ * then rows, filled up with -1. `jobs` has room for n + (all rows) / tokens of them; returns how many there are. */
+EXPORT int64_t moespac_make_jobs(const int64_t *slots, const int64_t *rows, const int64_t *begins, const int64_t *counts,
+                                 int64_t n, int64_t tokens, int32_t *jobs) {
+    int32_t *next = jobs;
+    for (int64_t e = 0; e < n; e++)
+        for (int64_t done = 0; done < counts[e]; done += tokens) {
+            *next++ = (int32_t)slots[e];
+            for (int64_t i = done; i < done + tokens; i++)
+                *next++ = i < counts[e] ? (int32_t)rows[begins[e] + i] : -1;
+        }
+    return (next - jobs) / (1 + tokens);
+}
+
+/* ---- what the host computes ------------------------------------------------------------------------------------- */
+
+/* As moespac_kernel_run, for the experts `ids` (jobs) of a layer of `experts`, the first of which is `first_id`;
+ * `numbers`: what moespac_group made of its routing. On several threads at once, an expert costs the layer its share of
+ * the time that all took: `seconds` are such shares. */
+EXPORT int moespac_run_share(Kernel *kernel, const float *x, int64_t tokens, int64_t top_k, const char *arena,
+                             int64_t record_bytes, int64_t jobs, const int64_t *slots, const int64_t *ids,
+                             int64_t first_id, int64_t experts, int64_t *numbers, float *out, double *seconds) {
+    Groups groups = groups_at(numbers, experts);
+    int64_t begins[jobs + 1], counts[jobs + 1];
+    double start = now(), sum = 0.0;
+    for (int64_t job = 0; job < jobs; job++) {
+        begins[job] = groups.begins[ids[job] - first_id];
+        counts[job] = groups.counts[ids[job] - first_id];
+    }
+    if (kernel_run(kernel, x, tokens, top_k, arena, record_bytes, jobs, slots, groups.order, begins, counts, out,
+                   seconds, NULL))
+        return -1;
+    for (int64_t job = 0; job < jobs; job++) sum += seconds[job];
+    double share = (now() - start) / (sum > 1e-9 ? sum : 1e-9);
+    for (int64_t job = 0; job < jobs; job++) seconds[job] *= share;
+    return 0;
+}

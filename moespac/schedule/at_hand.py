@@ -1,0 +1,99 @@
+"""TAKE what a layer needs of both tiers, if all of it is there: the common case, in one native call."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moespac.experts.kernels.library import Share as NativeShare
+from moespac.experts.kernels.library import address, load_library
+from moespac.schedule.tiers import Tier
+from moespac.types import NO_IDS, Ids, Placement
+
+
+class Share(NamedTuple):
+    """Experts of one device in a layer, all (n,): pinned in its tier."""
+
+    experts: Ids
+    slots: NDArray[np.int64]
+    tokens: NDArray[np.int64]  # of each
+    total: int  # tokens of all
+
+
+class Hits(NamedTuple):
+    """Of the experts placed on each device, those that were ready there."""
+
+    host: int
+    accelerator: int
+
+
+class Taken(NamedTuple):
+    hits: Hits
+    host: Share | None  # None: something is missing, or more is asked for, and nothing is pinned
+    accelerator: Share | None
+
+
+NOTHING = Share(NO_IDS, NO_IDS, NO_IDS, 0)
+
+
+class AtHand:
+    """Takes shares of a host tier, and of an accelerator's where there is one."""
+
+    def __init__(self, host: Tier, accelerator: Tier | None, experts: int) -> None:
+        """``experts`` of a layer."""
+        self._tiers = [host] if accelerator is None else [host, accelerator]
+        self._experts = experts
+        self._numbers = [np.empty(experts, np.int64) for _ in range(4)]  # slots and tokens, the host's first
+        library = load_library()
+        self._take = library.moespac_take if library else None
+        self._devices = len(self._tiers)
+        shelves = [tier.shelf_address for tier in self._tiers] + [None]
+        where = [address(part) for part in self._numbers]
+        self._shares = (NativeShare * 2)(
+            NativeShare(shelf=shelves[0], slots=where[0], tokens=where[1]),
+            NativeShare(shelf=shelves[1], slots=where[2], tokens=where[3]),
+        )
+        self._views = list(self._shares)  # each access makes one
+        self._address = ctypes.addressof(self._shares)
+
+    def take(self, placement: Placement, counts: NDArray[np.int64], first_id: int) -> Taken:
+        """``counts`` (experts,) tokens of each expert of the layer, whose expert 0 has the flat id ``first_id``.
+
+        Slots and tokens of what is taken are the next layer's when that is asked for.
+        """
+        host, accelerator = placement.host, placement.accelerator
+        if self._take is None or placement.load.size:
+            return self.take_in_python(placement, counts, first_id)
+        here, there = host.size, accelerator.size
+        mine, its = self._views
+        mine.ids, mine.n = address(host), here
+        its.ids, its.n = address(accelerator), there
+        assert here + there <= len(counts) == self._experts
+        assert self._devices == 2 or not there, "no accelerator to compute on"
+        all_there = self._take(self._address, self._devices, address(counts), first_id)
+        hits = Hits(mine.ready, its.ready)
+        if not all_there:
+            return Taken(hits, None, None)
+        slots, tokens, its_slots, its_tokens = self._numbers
+        return Taken(
+            hits,
+            Share(host, slots[:here], tokens[:here], mine.all_tokens) if here else NOTHING,
+            Share(accelerator, its_slots[:there], its_tokens[:there], its.all_tokens) if there else NOTHING,
+        )
+
+    def take_in_python(self, placement: Placement, counts: NDArray[np.int64], first_id: int) -> Taken:
+        wanted = [placement.host, placement.accelerator]
+        found = [int(np.count_nonzero(t.ready[ids])) for t, ids in zip(self._tiers, wanted, strict=False)]
+        hits = Hits(*[*found, 0][:2])
+        if placement.load.size or hits != (len(placement.host), len(placement.accelerator)):
+            return Taken(hits, None, None)
+        shares = [NOTHING, NOTHING]
+        for number, (tier, ids) in enumerate(zip(self._tiers, wanted, strict=False)):
+            if len(ids):
+                tier.pin_all(ids)
+                tokens = counts[ids - first_id]
+                shares[number] = Share(ids, tier.slots_of[ids], tokens, int(tokens.sum()))
+        return Taken(hits, *shares)

@@ -1,0 +1,53 @@
+"""An engine whose layers are dispatched natively, and one whose layers Python and the event loop dispatch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moespac
+from moespac.experts import groups
+from moespac.experts.kernels.library import load_library
+from moespac.policy import native_samples
+from moespac.schedule import at_hand, tiers
+from moespac.schedule.at_hand import AtHand
+from moespac.types import Observation
+from tests.families import save_checkpoint
+from tests.schedule.test_at_hand import InTheLoop
+
+pytestmark = pytest.mark.skipif(load_library() is None, reason="no native code on this machine")
+
+
+def run(path: Path, policy: str, drafts: int) -> tuple:
+    """What came out, what the policy saw, what was found where, what moved."""
+    seen: list[Observation] = []
+    settings = {"draft": "lookup", "window": drafts, "profile": None, "policy": policy, "asynchronous": False}
+    with moespac.load(path, host_memory="70%", accelerator_memory="40%", **settings) as engine:
+        engine.runtime.recorder = seen.append
+        result = engine.generate((5, 17, 3, 60, 17, 3, 5, 17), max_new_tokens=24)
+        memory = engine.runtime.memory
+        memory.check_integrity()
+        assert not any(tier._pins.any() for tier in memory.tiers)
+        resident = [np.flatnonzero(tier.ready).tolist() for tier in memory.tiers]
+        routing = [(s.routing.tolist(), s.accepted) for s in seen]
+        stats = asdict(engine.runtime.stats)
+        return result.token_ids, routing, stats, resident, memory.bytes_read
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("policy", ["lru", "mixtral-offloading"])
+def test_both_do_the_same(family: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_checkpoint(family, tmp_path)
+    taken = []
+    take = AtHand.take
+    monkeypatch.setattr(AtHand, "take", lambda *given: taken.append(take(*given)) or taken[-1])
+    native = run(path, policy, drafts=2)
+    at_once = sum(found.host is not None for found in taken)
+    assert 0 < at_once < len(taken), "some layers are at hand, and some miss something"
+    monkeypatch.setattr(AtHand, "take", InTheLoop.take)
+    for module in (groups, at_hand, tiers, native_samples):
+        monkeypatch.setattr(module, "load_library", lambda: None)
+    assert run(path, policy, drafts=2) == native
