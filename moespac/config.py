@@ -581,9 +581,10 @@ class GovernorConfig:
 
     most: int = 8  # K is at most this: acceptance beyond is rare, and every token touches new experts
     acceptance_prior: float = 0.7  # before anything was verified: worth a try ...
-    acceptance_drafts: float = 6.0  # ... drafts' worth of that, and of what is usual in each new text, at first
-    acceptance_drafts_least: float = 3.0  # the same once texts were seen to differ ...
-    acceptance_drafts_most: float = 48.0  # ... or to be alike: three texts' worth at a draft a pass
+    acceptance_drafts: float = 6.0  # ... drafts' worth of that, and of what is usual in each new text ...
+    alike_drafts: float = (
+        24.0  # ... up to this where texts were seen to be alike: the next may be another kind
+    )
     judged_least: int = 4  # drafts of a text that say something of it
     spread_prior: float = 1.0  # texts' worth of what is believed of their differences before any was seen
     spread_texts: float = 8.0  # mean life of that

@@ -66,14 +66,17 @@ class Governor:
         """
         if k:
             return undrafted > 0
-        if not self._pass_seconds or undrafted < min(max(self._acceptance.judged, 2), self._look_back_passes()):
+        if not self._pass_seconds or undrafted < self._passes_unseen():
             return False
         return self._rate(self._candidate(1.0), 1.0) > self.rate(0)
 
-    def _look_back_passes(self) -> float:
-        """From one look back to the next: it takes what a drafted token does, a small share of their time."""
+    def _passes_unseen(self) -> float:
+        """From one look back to the next: as many as there were tokens to judge by, up to where it takes a small share
+        of the time; it takes what a drafted token does. The more alike texts are, the less there is to see."""
+        alike = self._acceptance.prior_drafts / self._config.acceptance_drafts
         share = self._config.look_back_share * self._seconds(1)
-        return max(self._config.look_back_passes, self._draft_seconds / share)
+        most = max(self._config.look_back_passes * alike, self._draft_seconds / share)
+        return min(max(self._acceptance.judged, 2 * alike), most)
 
     def saw_drafts(self, accepted: Sequence[float]) -> None:
         """Drafts were verified, or looked back on: how often each is accepted, as far as that one tells."""
