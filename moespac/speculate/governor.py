@@ -72,7 +72,7 @@ class Governor:
 
     def _passes_unseen(self) -> float:
         """From one look back to the next: as many as there were tokens to judge by, up to where it takes a small
-        share of the time; it takes what a drafted token does. The more alike texts are, the less there is to see."""
+        share of the time (what a drafted token does). The more alike texts are, the less there is to see."""
         alike = self._acceptance.prior_drafts / self._config.acceptance_drafts
         share = self._config.look_back_share * self._seconds(1)
         most = max(self._config.look_back_passes * alike, self._draft_seconds / share)
