@@ -2,6 +2,7 @@
 
 #include <math.h>
 
+#include "ids.h"
 #include "memory.h"
 
 /* Of an expert's history: what was never seen is not impossible, and has a logarithm. */
@@ -19,12 +20,6 @@ static double history(double to_come) { return log(to_come > LEAST_WORTH ? to_co
 
 static double chance(const double *weights, double margin, double history) {
     return 1.0 / (1.0 + exp(-(weights[0] * margin + weights[1] * history + weights[2])));
-}
-
-static int among(const int64_t *ids, int64_t n, int64_t id) {
-    for (int64_t i = 0; i < n; i++)
-        if (ids[i] == id) return 1;
-    return 0;
 }
 
 EXPORT void moespac_foresight_learn(Foresight *foresight, const double *to_come, int64_t row, const int64_t *index,

@@ -2,6 +2,7 @@
 
 #include <string.h>
 
+#include "ids.h"
 #include "memory.h"
 
 enum { FREE, FILLING, READY };
@@ -72,12 +73,6 @@ EXPORT int64_t moespac_memory_settle(HostMemory *memory) {
         }
     }
     return broken;
-}
-
-static int among(const int64_t *ids, int64_t n, int64_t id) {
-    for (int64_t i = 0; i < n; i++)
-        if (ids[i] == id) return 1;
-    return 0;
 }
 
 EXPORT void moespac_memory_start_layer(HostMemory *memory, int64_t layer, const int64_t *wanted, int64_t n) {
