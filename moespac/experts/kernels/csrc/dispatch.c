@@ -1,5 +1,5 @@
 /* DISPATCH of a layer's experts in a few calls: its tokens by expert, what of it is there, what the host computes.
- * Twins, in Python: `Groups` (experts/groups.py), `ExpertMemory.take` (schedule/memory.py), `Tier` (schedule/tiers.py). */
+ * Twins, in Python: `Groups` (experts/groups.py), `AtHand` (schedule/at_hand.py), `Tier` (schedule/tiers.py). */
 #include <string.h>
 
 #include "experts.h"
