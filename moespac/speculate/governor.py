@@ -80,11 +80,8 @@ class Governor:
 
     def saw_drafts(self, accepted: Sequence[float]) -> None:
         """Drafts were verified, or looked back on: how often each is accepted, as far as that one tells."""
-        step = self._step(self._judged_at)
         for seen in accepted:
-            self._acceptance.see(seen, step)
-            step = self._step(self._passes)
-        if accepted:
+            self._acceptance.see(seen, self._step(self._judged_at))
             self._judged_at = self._passes
 
     def choose(self) -> int:
