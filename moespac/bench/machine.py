@@ -17,6 +17,7 @@ import psutil
 import torch
 
 import moespac
+from moespac.bench.beside_probe import Slowdowns, measure_slowdowns
 from moespac.bench.compute_probe import (
     decide_overhead,
     expert_overhead,
@@ -25,7 +26,7 @@ from moespac.bench.compute_probe import (
     memory_bandwidth,
 )
 from moespac.bench.cuda_probe import CudaSpeed, measure_cuda
-from moespac.bench.storage_probe import StorageSpeed, fit_storage, measure_storage
+from moespac.bench.storage_probe import StorageSpeed, fit_storage, measure_file, storage_file
 from moespac.config import MeasureConfig
 from moespac.experts.format import PACK_FORMATS
 from moespac.sim.hardware import Curve, HardwareProfile
@@ -43,6 +44,7 @@ class Measurement:
     expert_overhead: float  # of an expert whose arithmetic takes no time
     layer_overhead: float
     decide_overhead: float
+    slowdowns: Slowdowns
     cuda: CudaSpeed | None
 
 
@@ -54,16 +56,18 @@ def measure_machine(
     Storage is read from a temporary file in ``directory``. ``progress`` is told how many of how many parts are
     done. Raises ConfigError when ``directory`` cannot take the file.
     """
-    parts = len(config.block_bytes) * len(config.depths) + 1 + (config.repeats + 1) + 1
+    parts = len(config.block_bytes) * len(config.depths) + 1 + 1 + (config.repeats + 1) + 1
     advance = _counter(parts, progress)
-    storage = measure_storage(directory, config, advance)  # first: the one part that can be refused
+    with storage_file(directory, config) as file:  # first: the one part that can be refused
+        storage, slowdowns = measure_file(file, config, advance), measure_slowdowns(file, config)
+    advance()
     memory = {n: memory_bandwidth(n, config) for n in sorted({1, len(os.sched_getaffinity(0))})}
     advance()
     experts = host_expert_seconds(PACK_FORMATS, config, advance)
     per_layer = layer_overhead(max(memory.values()), config), decide_overhead(config)
     cuda = measure_cuda(config)
     advance()
-    return Measurement(memory, storage, experts, expert_overhead(config), *per_layer, cuda)
+    return Measurement(memory, storage, experts, expert_overhead(config), *per_layer, slowdowns, cuda)
 
 
 def to_profile(name: str, measured: Measurement, config: MeasureConfig) -> HardwareProfile:
@@ -81,6 +85,8 @@ def to_profile(name: str, measured: Measurement, config: MeasureConfig) -> Hardw
         "storage_bandwidth": storage.bandwidth,
         "storage_latency": storage.latency,
         "storage_depth": storage.depth,
+        "storage_slowdown": measured.slowdowns.storage,
+        "expert_slowdown": measured.slowdowns.experts,
         "host_seconds_per_weight": {
             format: _curve(seconds, measured.expert_overhead, weights)
             for format, seconds in measured.experts.items()

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from moespac.bench import storage_probe
+from moespac.bench.beside_probe import Slowdowns, measure_slowdowns
 from moespac.bench.compute_probe import ExpertProbe, expert_overhead, host_expert_seconds, memory_bandwidth
 from moespac.bench.cuda_probe import CudaSpeed, measure_cuda
 from moespac.bench.machine import Measurement, to_profile
@@ -25,7 +26,7 @@ from moespac.sim.shapes import model_from_config
 
 TINY = MeasureConfig(
     memory_bytes=1 << 20,
-    storage_bytes=1 << 20,
+    storage_bytes=4 << 20,
     storage_seconds=0.01,
     block_bytes=(1 << 16, 1 << 18),
     depths=(1, 2),
@@ -33,6 +34,8 @@ TINY = MeasureConfig(
     expert_width=32,
     expert_tokens=(1, 4),
     records_bytes=1 << 18,
+    beside_seconds=0.02,
+    beside_turns=2,
     repeats=2,
     decode_tokens=3,
 )
@@ -43,6 +46,7 @@ MEASURED = Measurement(
     expert_overhead=2e-5,
     layer_overhead=3e-4,
     decide_overhead=1e-4,
+    slowdowns=Slowdowns(storage=0.25, experts=0.125),
     cuda=None,
 )
 CUDA = CudaSpeed("a GPU", 8 << 30, 4e11, 1e13, 2e-5, 2e10, 1e-5, 5e9)
@@ -60,6 +64,7 @@ def test_a_profile_is_what_was_measured() -> None:
     assert profile.host_flops == pytest.approx(2 * 4 * weights / 2e-4)
     assert (profile.host_expert_overhead, profile.layer_overhead) == (2e-5, 3e-4)
     assert profile.decide_overhead == 1e-4
+    assert (profile.storage_slowdown, profile.expert_slowdown) == (0.25, 0.125)
     assert (profile.storage_bandwidth, profile.storage_depth) == (1e9, 4)
     assert all("measured on this machine" in text for text in profile.sources.values())
     assert {"host_memory", "storage_latency", "host_seconds_per_weight"} <= set(profile.sources)
