@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -27,29 +27,35 @@ class Slowdowns:
 
 def measure_slowdowns(file: StorageFile, config: MeasureConfig) -> Slowdowns:
     """Alone and side by side in turn; medians of the turns, as disks and machines vary within seconds."""
-    hidden, width = config.expert_hidden, config.expert_width
-    probe = ExpertProbe(hidden, width, _FORMAT, config.records_bytes, config.experts_each)
-    x = torch.ones(1, hidden)
-    engine, each = MemoryConfig(), config.beside_seconds
-
-    def read() -> float:
-        block = min(engine.stripe_bytes, file.nbytes)
-        return read_rate(file.descriptor, block, file.nbytes // block, engine.readers, each)
-
+    probe = ExpertProbe(
+        config.expert_hidden, config.expert_width, _FORMAT, config.records_bytes, config.experts_each
+    )
+    x = torch.ones(1, config.expert_hidden)
     storage, experts = [], []
     with ThreadPoolExecutor(1) as pool:
         for _ in range(config.beside_turns):
-            reads, runs = read(), _runs_a_second(lambda: probe.run(x), lambda began: perf_counter() - began < each)
-            reading: Future[float] = pool.submit(read)
-            runs_beside = _runs_a_second(lambda: probe.run(x), lambda began, reading=reading: not reading.done())
+            reads = _read(file, config.beside_seconds)
+            runs = _runs_a_second(probe, x, _past(perf_counter() + config.beside_seconds))
+            reading = pool.submit(_read, file, config.beside_seconds)
+            experts.append(1 - _runs_a_second(probe, x, reading.done) / runs)
             storage.append(1 - reading.result() / reads)
-            experts.append(1 - runs_beside / runs)
     return Slowdowns(*(max(0.0, median(lost)) for lost in (storage, experts)))
 
 
-def _runs_a_second(work: Callable[[], object], goes_on: Callable[[float], bool]) -> float:
+def _read(file: StorageFile, seconds: float) -> float:
+    """Bytes/s, as the engine reads."""
+    engine = MemoryConfig()
+    block = min(engine.stripe_bytes, file.nbytes)
+    return read_rate(file.descriptor, block, file.nbytes // block, engine.readers, seconds)
+
+
+def _past(moment: float) -> Callable[[], bool]:
+    return lambda: perf_counter() > moment
+
+
+def _runs_a_second(probe: ExpertProbe, x: torch.Tensor, is_over: Callable[[], bool]) -> float:
     began, runs = perf_counter(), 0
-    while goes_on(began):
-        work()
+    while not is_over() or not runs:
+        probe.run(x)
         runs += 1
     return runs / (perf_counter() - began)

@@ -1,4 +1,4 @@
-"""What the host's cores reach: reading memory, running an expert, and getting through a layer."""
+"""What the host's cores reach: reading memory, and running an expert."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moespac.config import MeasureConfig
-from moespac.engine.build import DEMO, load
-from moespac.engine.summary import Summary
 from moespac.experts.compute import ExpertMath
 from moespac.experts.format import packed_layout
 from moespac.experts.kernels.host import HostKernel
 from moespac.experts.movers import host_arena
 from moespac.model.index import ExpertTensor
-from moespac.sim.shapes import read_model
 
 _TINY = 64  # hidden size and width of an expert whose arithmetic takes no time
-_COUNTED_ELSEWHERE = ("host_experts", "wait_for_experts")  # causes of seconds
 
 
 class ExpertProbe:
@@ -121,39 +117,6 @@ def expert_overhead(config: MeasureConfig) -> float:
     return spent / probe.together
 
 
-def layer_overhead(bandwidth: float, config: MeasureConfig) -> float:
-    """Seconds that a layer of the embedded model takes besides reading weights, in decode passes.
-
-    Its experts are all in memory and its trunk is small: what is left is attention's calls, routing, deciding and
-    joining. ``bandwidth`` (bytes/s) says what reading the trunk took.
-    """
-    summaries = _decoded("100%", config)
-    model = read_model(DEMO / "target", "f32")
-    per_pass = typical([_overhead(summary) for summary in summaries[1:]]) - model.trunk_bytes / bandwidth
-    return max(0.0, per_pass) / model.layers
-
-
-def decide_overhead(config: MeasureConfig) -> float:
-    """Seconds that a layer of the embedded model takes for deciding once memory lacks experts, beyond what it takes
-    with all of them at hand."""
-    spent = [
-        typical(
-            [summary.seconds.get("decide", 0.0) / summary.passes for summary in _decoded(share, config)[1:]]
-        )
-        for share in ("50%", "100%")
-    ]
-    return max(0.0, spent[0] - spent[1]) / read_model(DEMO / "target", "f32").layers
-
-
-def _decoded(host_memory: str, config: MeasureConfig) -> list[Summary]:
-    """Of some short texts by the embedded model, without drafts."""
-    with load(draft="none", host_memory=host_memory, profile=None) as engine:
-        return [
-            engine.generate("The", max_new_tokens=config.decode_tokens, temperature=1.0).summary
-            for _ in range(config.repeats + 1)
-        ]
-
-
 def typical_seconds(work: Callable[[], object], repeats: int) -> float:
     """Of ``repeats`` runs, after one that does not count."""
     work()
@@ -170,9 +133,3 @@ def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def _overhead(summary: Summary) -> float:
-    """Seconds of a decode pass that are neither experts nor waiting for them."""
-    spent = summary.seconds["total"] - summary.seconds["prefill"]
-    return (spent - sum(summary.seconds.get(cause, 0.0) for cause in _COUNTED_ELSEWHERE)) / summary.passes

@@ -60,8 +60,9 @@ def storage_file(directory: Path, config: MeasureConfig) -> Iterator[StorageFile
             _fill(fd, config.storage_bytes)
             direct_fd = reopen_direct(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            descriptor, direct = (fd, False) if direct_fd is None else (direct_fd, True)
             try:
-                yield StorageFile(fd if direct_fd is None else direct_fd, config.storage_bytes, direct_fd is not None)
+                yield StorageFile(descriptor, config.storage_bytes, direct)
             finally:
                 if direct_fd is not None:
                     os.close(direct_fd)

@@ -26,6 +26,8 @@ _MAY_BE_ZERO = (
     "host_expert_overhead",
     "layer_overhead",
     "decide_overhead",
+    "cache_overhead",
+    "ask_overhead",
     "storage_latency",
     "storage_slowdown",
     "expert_slowdown",
@@ -68,9 +70,9 @@ class HardwareProfile:
     accelerator_launch: float = 0.0  # of each expert on the accelerator
     link_bandwidth: float = 0.0  # pinned host memory to accelerator
     link_latency: float = 0.0
-    decide_overhead: float = (
-        0.0  # of each layer and pass, beyond that, while memory lacks experts: planning them
-    )
+    decide_overhead: float = 0.0  # beyond that while memory lacks experts: where a policy plans each pass ...
+    cache_overhead: float = 0.0  # ... where, without an accelerator, it is a cache that only uses change ...
+    ask_overhead: float = 0.0  # ... and where, without an accelerator, each layer asks it
     link_shares_host_memory: bool = True  # a copy reads the very memory that the CPU's experts read
     host_seconds_per_weight: Mapping[str, Curve] = field(default_factory=dict)  # measured, by record format
     sources: Mapping[str, str] = field(default_factory=dict)  # where each figure comes from
