@@ -124,7 +124,7 @@ def test_deciding_takes_its_time_while_memory_lacks_experts(policy: str, overhea
 
 def test_reads_and_the_hosts_experts_slow_each_other_down() -> None:
     """Experts 0 and 1 are there, 2 is read: 2 s of latency and 2 s of bytes, beside 2 s of experts at half speed.
-    Those take 4 s, in which the disk, at a quarter of its speed, comes to 1 s of its 4; the last expert is alone."""
+    Those take 4 s, in which the disk, at a quarter of its speed, comes to 1 s of 4; the last expert is alone."""
     hardware = replace(HOST_ONLY, storage_slowdown=0.75, expert_slowdown=0.5)
     model = replace(MODEL, layers=1, top_k=3)
     trace = decoded([[[[0, 1, 0]], [[0, 1, 2]]]])
