@@ -7,6 +7,7 @@ import typer
 from moespac.cli import (
     bench_ablation,
     bench_decode,
+    bench_governor,
     bench_gpu,
     bench_host_path,
     bench_kernels,
@@ -24,6 +25,7 @@ app.command()(bench_validate.validate)
 app.command()(bench_validity.validity)
 app.command()(bench_kernels.kernels)
 app.command()(bench_decode.decode)
+app.command()(bench_governor.governor)
 app.command()(bench_gpu.gpu)
 app.command()(bench_plan.plan)
 app.command()(bench_soak.soak)

@@ -164,7 +164,7 @@ def _plan(
     from moespac.bench.decode.contenders import DEFAULT, parse_contenders
 
     chosen = parse_contenders(",".join(DEFAULT) if names is None else names)
-    texts = _texts(prompts)
+    texts = read_texts(prompts)
 
     from moespac.bench.decode.files import make_files
     from moespac.bench.decode.prompts import WARMUP, tokenize
@@ -185,7 +185,8 @@ def _plan(
     )
 
 
-def _texts(prompts: Path | None) -> Sequence[Text]:
+def read_texts(prompts: Path | None) -> Sequence[Text]:
+    """Of the file, or our own. Raises ConfigError."""
     from moespac.bench.decode.prompts import BUILT_IN, Text
     from moespac.cli.prompts import read_prompts
 
