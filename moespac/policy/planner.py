@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from moespac.config import PolicyConfig
 from moespac.policy import profile
 from moespac.policy.balance import (
+    Freshening,
     SavedSeconds,
     accelerator_costs,
     choose_thresholds,
@@ -48,6 +49,7 @@ class MoeSpacPolicy(Policy):
         self._windows = 0
         self._planned = False
         self._lesson: Lesson | None = None
+        self._stakes: Stakes | None = None  # of the pass that runs
         self._thresholds: dict[TierName, NDArray[np.int64]] = {}
         self._worth_in_host = np.ones(shape.total)
         self._given_up = np.zeros(0)  # what the accelerator's experts save, the least first
@@ -82,9 +84,11 @@ class MoeSpacPolicy(Policy):
             self._note_copies(residency)  # once a pass is enough: few change within it
         if not self.capacity.accelerator:
             return place_by_finish(layer, counts, residency, self.costs)
-        self._freshen(layer, counts)
-        stakes = Stakes(self._saved_after, self._given_up)
-        return place_by_finish(layer, counts, residency, self.costs, stakes)
+        if layer == 0:
+            self._note_tokens(counts)
+        if self._stakes is None:
+            self._stakes = Stakes(self._saved_after, self._given_up, self._freshening())
+        return place_by_finish(layer, counts, residency, self.costs, self._stakes)
 
     def retention(self, tier: TierName, layer: int) -> Order:
         """Utility discounted by how far ahead the next use is, from the pass's begin: layer order is a clock.
@@ -162,14 +166,22 @@ class MoeSpacPolicy(Policy):
             self._saved_after = self._saved_by_rate(lasting)  # from the next pass on
             now = SavedSeconds(tokens + unknown, self.costs)(coming)
             self._saved_with_now = self._saved_after * (1 - 1 / passes) + now
+            self._stakes = None
 
     def _freshen(self, layer: int, counts: NDArray[np.int64]) -> None:
         """What the layer's routing has just shown, for what it leaves on the accelerator."""
-        if layer == 0:  # all layers run the same tokens
-            self._running = max(int(counts.sum()) / self.shape.top_k, 1.0)
-            self._step = self._demand.lasting_step(self._running)
-        curve = self._saved_by_rate
-        freshen(layer, counts, self._running, self._step, curve, self._lasting, self._saved_after)
+        if layer == 0:
+            self._note_tokens(counts)
+        freshen(layer, counts, self._freshening(), self._saved_after)
+
+    def _freshening(self) -> Freshening:
+        return Freshening(self._running, self._step, self._saved_by_rate, self._lasting)
+
+    def _note_tokens(self, counts: NDArray[np.int64]) -> None:
+        """All layers run the same."""
+        self._running = max(int(counts.sum()) / self.shape.top_k, 1.0)
+        self._step = self._demand.lasting_step(self._running)
+        self._stakes = None
 
     def _saved(self, ran: int) -> NDArray[np.float64]:
         """(layers * experts,) seconds that each expert on the accelerator saves while it stays there, as far as
@@ -191,6 +203,7 @@ class MoeSpacPolicy(Policy):
             there = residency.accelerator.ravel()
             self._worth_in_host = np.where(there, self._config.utility.copy_worth, 1.0)
             self._given_up = np.sort(self._saved_after[there])
+            self._stakes = None
 
     def _rebalance(self, expected: Rates, residency: Residency) -> None:
         levels, highest = self._utility.levels, self._config.utility.levels

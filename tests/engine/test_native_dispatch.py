@@ -11,7 +11,7 @@ import pytest
 import moespac
 from moespac.experts import groups
 from moespac.experts.kernels.library import load_library
-from moespac.policy import native_samples
+from moespac.policy import cost
 from moespac.schedule import at_hand, tiers
 from moespac.schedule.at_hand import AtHand
 from moespac.types import Observation
@@ -48,6 +48,6 @@ def test_both_do_the_same(family: str, policy: str, tmp_path: Path, monkeypatch:
     at_once = sum(found.host is not None for found in taken)
     assert 0 < at_once < len(taken), "some layers are at hand, and some miss something"
     monkeypatch.setattr(AtHand, "take", InTheLoop.take)
-    for module in (groups, at_hand, tiers, native_samples):
+    for module in (groups, at_hand, tiers, cost):
         monkeypatch.setattr(module, "load_library", lambda: None)
     assert run(path, policy, drafts=2) == native

@@ -160,13 +160,37 @@ class Share(ctypes.Structure):
     ]
 
 
-class Samples(ctypes.Structure):
-    """``Samples`` of costs.c."""
+class Curve(ctypes.Structure):
+    """``Curve`` of costs.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("buckets", "samples")),
-        *((name, ctypes.c_double) for name in ("first", "further")),
-        *((name, ctypes.c_void_p) for name in ("there", "latest", "seen")),
+        *((name, ctypes.c_int64) for name in ("buckets", "samples", "entries", "redraw", "measured", "due")),
+        *((name, ctypes.c_double) for name in ("first", "further", "far")),
+        *((name, ctypes.c_void_p) for name in ("shape", "prior", "latest", "seen", "seconds", "table")),
+    ]
+
+
+class Showing(ctypes.Structure):
+    """``Showing`` of place.c."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_double),
+        ("step", ctypes.c_float),
+        ("curve", ctypes.c_void_p),
+        ("steps", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("lasting", "saved")),
+    ]
+
+
+class Places(ctypes.Structure):
+    """``Places`` of place.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("total", "experts", "slots")),
+        *((name, ctypes.c_void_p) for name in ("host", "accelerator", "arriving")),
+        *((name, ctypes.c_void_p) for name in ("by_host", "by_accelerator", "rates", "worth", "given_up")),
+        ("victims", ctypes.c_int64),
+        ("showing", ctypes.c_void_p),
     ]
 
 
@@ -202,11 +226,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_decoder_new": (_POINTER, [_POINTER, ctypes.c_int, ctypes.c_char_p]),
     "moespac_decoder_free": (None, [_POINTER]),
     "moespac_join": (None, [_POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER]),
-    "moespac_place": (_INT64, [_POINTER]),
-    "moespac_freshen": (
-        None,
-        [_POINTER, _INT64, ctypes.c_double, ctypes.c_float, _POINTER, _INT64, _POINTER, _POINTER],
-    ),
+    "moespac_place": (ctypes.c_int, [_POINTER, _INT64, _POINTER, _POINTER, _POINTER]),
+    "moespac_freshen": (None, [_POINTER, _INT64, _INT64, _POINTER]),
     "moespac_reads_new": (_POINTER, [ctypes.c_int, _POINTER, _POINTER, *[_INT64] * 4]),
     "moespac_reads_free": (None, [_POINTER]),
     "moespac_reads_serve": (ctypes.c_int, [_POINTER, _POINTER, _POINTER]),
@@ -233,7 +254,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         ],
     ),
     "moespac_observe": (None, [_POINTER, _POINTER, _POINTER, _INT64]),
-    "moespac_observe_one": (None, [_POINTER, _INT64, ctypes.c_double]),
+    "moespac_draw": (None, [_POINTER]),
     "moespac_foresight_learn": (None, [*[_POINTER] * 2, _INT64, _POINTER, _INT64, _INT64]),
     "moespac_foresight_place": (_POINTER, [_POINTER, _INT64, _INT64]),
     "moespac_foresight_hear": (None, [_POINTER, _POINTER, *[_INT64] * 4]),
@@ -242,11 +263,11 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 
 # These keep the GIL: they take a microsecond or a few, and who gives it up may wait milliseconds to have it back.
 _BRIEF = (
+    "draw",
     "freshen",
     "group",
     "make_jobs",
     "observe",
-    "observe_one",
     "pin",
     "place",
     "release",
