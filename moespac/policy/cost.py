@@ -151,6 +151,7 @@ class CostModel:
             on_accelerator * config.accelerator_token_share,
             config,
         )
+        self.host_curve, self.accelerator_curve = self._host.address, self._accelerator.address  # for native code
         self._beside_copy = _Median(config.samples)
         self._link = _Median(config.samples)
         self._storage = _Median(config.samples)
@@ -177,11 +178,6 @@ class CostModel:
     def tables(self) -> tuple[Seconds, Seconds]:
         """(64,) of ``host_expert`` and of ``accelerator_expert``, by tokens: live."""
         return self._host.table(), self._accelerator.table()
-
-    @property
-    def curves(self) -> tuple[int, int]:
-        """Where native code finds both."""
-        return self._host.address, self._accelerator.address
 
     @property
     def link(self) -> float:

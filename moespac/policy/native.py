@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from moespac.experts.kernels.library import Places, Showing, address, load_library
+from moespac.experts.kernels.library import Places, Showing, address, known_address, load_library
 from moespac.policy.cost import CostModel
 from moespac.types import Ids, Residency
 
 if TYPE_CHECKING:
     from moespac.policy.balance import Freshening
     from moespac.policy.split import Stakes
-
-
-_MOST_KNOWN = 32  # arrays: they are kept from being freed
 
 
 class Placer:
@@ -34,7 +31,7 @@ class Placer:
         self._experts = residency.host.shape[1]
         places = Places(residency.host.size, self._experts, residency.capacity.accelerator)
         places.host, places.accelerator, places.arriving = (address(grid) for grid in grids)
-        places.by_host, places.by_accelerator = costs.curves
+        places.by_host, places.by_accelerator = costs.host_curve, costs.accelerator_curve
         places.rates = address(costs.rates)
         if stakes is not None:
             places.worth, places.given_up = address(stakes.worth), address(stakes.given_up)
@@ -54,7 +51,7 @@ class Placer:
         """None: the prefill is too long for it; what the layer shows is learned then too."""
         order = np.empty(self._experts, np.int64)
         first_id = layer * self._experts
-        if not self._place(self._address, first_id, _address(counts), address(order), self._split_address):
+        if not self._place(self._address, first_id, known_address(counts), address(order), self._split_address):
             return None
         there, active = self._split
         return order[:active], there
@@ -84,7 +81,7 @@ def freshen(
         return False
     showing = _showing(freshening, saved)
     experts = len(counts)
-    library.moespac_freshen(_address(counts), layer * experts, experts, ctypes.addressof(showing))
+    library.moespac_freshen(known_address(counts), layer * experts, experts, ctypes.addressof(showing))
     return True
 
 
@@ -93,15 +90,3 @@ def _showing(freshening: Freshening, saved: NDArray[np.float64]) -> Showing:
     values = curve.curve
     return Showing(tokens, step, address(values), len(values) - 1, address(lasting), address(saved))
 
-
-_known: dict[int, tuple[NDArray[Any], int]] = {}  # arrays, and where they lie
-
-
-def _address(array: NDArray[Any]) -> int:
-    """Of an array that is likely to be asked for again."""
-    known = _known.get(id(array))
-    if known is None:
-        if len(_known) == _MOST_KNOWN:
-            _known.clear()
-        known = _known[id(array)] = (array, address(array))
-    return known[1]

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.experts.kernels.library import Share as NativeShare
-from moespac.experts.kernels.library import address, load_library
+from moespac.experts.kernels.library import address, known_address, load_library
+from moespac.policy.cost import CostModel, Seconds
 from moespac.schedule.tiers import Tier
 from moespac.types import NO_IDS, Ids, Placement
 
@@ -21,6 +22,7 @@ class Share(NamedTuple):
     slots: NDArray[np.int64]
     tokens: NDArray[np.int64]  # of each
     total: int  # tokens of all
+    taken_natively: bool = False
 
 
 class Hits(NamedTuple):
@@ -49,6 +51,7 @@ class AtHand:
         self._numbers = [np.empty(experts, np.int64) for _ in range(4)]  # slots and tokens, the host's first
         library = load_library()
         self._take = library.moespac_take if library else None
+        self._computed = library.moespac_computed if library else None
         self._devices = len(self._tiers)
         shelves = [tier.shelf_address for tier in self._tiers] + [None]
         where = [address(part) for part in self._numbers]
@@ -73,16 +76,27 @@ class AtHand:
         its.ids, its.n = address(accelerator), there
         assert here + there <= len(counts) == self._experts
         assert self._devices == 2 or not there, "no accelerator to compute on"
-        all_there = self._take(self._address, self._devices, address(counts), first_id)
+        all_there = self._take(self._address, self._devices, known_address(counts), first_id)
         hits = Hits(mine.ready, its.ready)
         if not all_there:
             return Taken(hits, None, None)
         slots, tokens, its_slots, its_tokens = self._numbers
         return Taken(
             hits,
-            Share(host, slots[:here], tokens[:here], mine.all_tokens) if here else NOTHING,
+            Share(host, slots[:here], tokens[:here], mine.all_tokens, True) if here else NOTHING,
             Share(accelerator, its_slots[:there], its_tokens[:there], its.all_tokens) if there else NOTHING,
         )
+
+    def computed(self, share: Share, seconds: Seconds, costs: CostModel) -> None:
+        """The host has computed the ``share`` that was taken last, each expert in so many ``seconds``: that is learned,
+        and it is released."""
+        if self._computed is None or not share.taken_natively:
+            costs.observe_host_experts(share.tokens, seconds)
+            self._tiers[0].release_all(share.experts)
+            return
+        assert seconds.size == share.experts.size
+        all_pinned = self._computed(self._address, costs.host_curve, address(seconds))
+        assert all_pinned, "only pinned records are released"
 
     def take_in_python(self, placement: Placement, counts: NDArray[np.int64], first_id: int) -> Taken:
         wanted = [placement.host, placement.accelerator]

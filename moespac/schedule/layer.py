@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.policy.base import TierName
-from moespac.policy.cost import CostModel
+from moespac.policy.cost import CostModel, Seconds
 from moespac.schedule.at_hand import NOTHING, Hits, Share
 from moespac.schedule.jobs import Jobs
 from moespac.schedule.memory import ExpertMemory, Retention
@@ -137,8 +137,13 @@ class LayerRun:
                 accelerator = NOTHING  # its pins now belong to the job
             memory.pump(retention)
             if host.experts.size:
-                self._run_on_host(host.experts, host.slots, host.tokens)
-                memory.host.release_all(host.experts)
+                copying = memory.copying
+                seconds = self._run_on_host(host.experts, host.slots)
+                if copying:
+                    self._learn(host.tokens, seconds, copying)
+                    memory.host.release_all(host.experts)
+                else:
+                    memory.at_hand.computed(host, seconds, self._costs)
                 host = NOTHING
                 memory.settle()
                 jobs.reap()
@@ -209,7 +214,9 @@ class LayerRun:
         """All that are ready; but while others wait for a slot, only as many as run at once, to release theirs."""
         most = self._devices.host_threads if side.missing else len(side.ready)
         experts = np.array(side.ready[:most])
-        self._run_on_host(experts, side.tier.slots_of[experts], self._tokens(experts))
+        copying = self._memory.copying
+        seconds = self._run_on_host(experts, side.tier.slots_of[experts])
+        self._learn(self._tokens(experts), seconds, copying)
         del side.ready[:most]
         side.tier.release_all(experts)
 
@@ -231,12 +238,13 @@ class LayerRun:
 
     # ---- either way ------------------------------------------------------------------------------------
 
-    def _run_on_host(
-        self, experts: NDArray[np.int64], slots: NDArray[np.int64], tokens: NDArray[np.int64]
-    ) -> None:
-        copying = self._memory.copying
+    def _run_on_host(self, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> Seconds:
+        """What each took."""
         with self._clock.measure("host_experts", self._names(experts)):
-            seconds = self._devices.compute_on_host(experts, slots)
+            return self._devices.compute_on_host(experts, slots)
+
+    def _learn(self, tokens: NDArray[np.int64], seconds: Seconds, copying: bool) -> None:
+        """``copying``: whether a copy ran when they began."""
         if not copying:
             self._costs.observe_host_experts(tokens, seconds)
         elif self._memory.copying:

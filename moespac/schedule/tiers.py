@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from moespac.experts.kernels.library import Shelf, address, load_library
 from moespac.policy.base import TierName
+from moespac.policy.cost import CostModel
 
 FREE, FILLING, READY = 0, 1, 2
 NOWHERE = -1
@@ -158,6 +159,21 @@ class Tier:
             return
         assert experts.dtype == np.int64
         all_pinned = self._library.moespac_release(self.shelf_address, address(experts), experts.size)
+        assert all_pinned, "only pinned records are released"
+
+    def job_is_over(
+        self, experts: NDArray[np.int64], tokens: int, seconds: float, costs: CostModel
+    ) -> None:
+        """A job of the accelerator's took so long over ``experts``, with so many ``tokens`` together: that is learned,
+        and they are released."""
+        if self._library is None:
+            costs.observe_accelerator(max(1, round(tokens / len(experts))), seconds / len(experts))
+            self.release_all(experts)
+            return
+        assert experts.dtype == np.int64
+        all_pinned = self._library.moespac_job_is_over(
+            self.shelf_address, address(experts), experts.size, costs.accelerator_curve, tokens, seconds
+        )
         assert all_pinned, "only pinned records are released"
 
     def shrink(self, slots: int, retention: NDArray[np.float64]) -> list[Move]:

@@ -243,6 +243,11 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_group": (_INT64, [_POINTER, _INT64, _INT64, _POINTER, _POINTER]),
     "moespac_pin": (ctypes.c_int, [_POINTER, _POINTER, _INT64]),
     "moespac_release": (ctypes.c_int, [_POINTER, _POINTER, _INT64]),
+    "moespac_computed": (ctypes.c_int, [_POINTER, _POINTER, _POINTER]),
+    "moespac_job_is_over": (
+        ctypes.c_int,
+        [_POINTER, _POINTER, _INT64, _POINTER, _INT64, ctypes.c_double],
+    ),
     "moespac_victim": (_INT64, [_POINTER, _POINTER, _POINTER, _INT64, ctypes.c_uint8, _POINTER]),
     "moespac_make_jobs": (_INT64, [_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER]),
     "moespac_take": (ctypes.c_int, [_POINTER, _INT64, _POINTER, _INT64]),
@@ -263,9 +268,11 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 
 # These keep the GIL: they take a microsecond or a few, and who gives it up may wait milliseconds to have it back.
 _BRIEF = (
+    "computed",
     "draw",
     "freshen",
     "group",
+    "job_is_over",
     "make_jobs",
     "observe",
     "pin",
@@ -302,6 +309,20 @@ def address(array: NDArray[Any]) -> int:
     except TypeError:  # it is read-only
         assert array.flags.c_contiguous
         return array.ctypes.data
+
+
+_known: dict[int, tuple[NDArray[Any], int]] = {}  # arrays, and where they lie
+_MOST_KNOWN = 32  # they are kept from being freed
+
+
+def known_address(array: NDArray[Any]) -> int:
+    """Of an array that is asked for again and again."""
+    known = _known.get(id(array))
+    if known is None:
+        if len(_known) == _MOST_KNOWN:
+            _known.clear()
+        known = _known[id(array)] = (array, address(array))
+    return known[1]
 
 
 def chosen_isa(library: ctypes.CDLL) -> bytes | None:

@@ -18,6 +18,9 @@ typedef struct {
     double *table;                     /* (entries) seconds of 0, 1 ... tokens */
 } Curve;
 
+/* Experts (n) took `seconds` for so many `tokens`. */
+void moespac_observe(Curve *curve, const int64_t *tokens, const double *seconds, int64_t n);
+
 /* Up to date. */
 const double *curve_table(Curve *curve);
 

@@ -1,7 +1,9 @@
 /* DISPATCH of a layer's experts in a few calls: its tokens by expert, what of it is there, what the host computes.
  * Twins, in Python: `Groups` (experts/groups.py), `AtHand` (schedule/at_hand.py), `Tier` (schedule/tiers.py). */
+#include <math.h>
 #include <string.h>
 
+#include "costs.h"
 #include "experts.h"
 #include "memory.h"
 
@@ -89,6 +91,15 @@ EXPORT int moespac_release(const Shelf *shelf, const int64_t *ids, int64_t n) {
     return 1;
 }
 
+/* A job is over: what each of its experts took is learned, and they are released; whether they were pinned. */
+EXPORT int moespac_job_is_over(const Shelf *shelf, const int64_t *ids, int64_t n, Curve *curve, int64_t tokens,
+                               double seconds) {
+    double each = rint((double)tokens / (double)n), share = seconds / (double)n;
+    int64_t one = each < 1 ? 1 : (int64_t)each;
+    moespac_observe(curve, &one, &share, 1);
+    return moespac_release(shelf, ids, n);
+}
+
 /* Experts of one device in a layer, and what `moespac_take` says of them. */
 typedef struct {
     const Shelf *shelf;
@@ -117,6 +128,12 @@ EXPORT int moespac_take(Share *shares, int64_t devices, const int64_t *counts, i
         }
     }
     return 1;
+}
+
+/* What was taken is computed, and took `seconds` (n): the same. */
+EXPORT int moespac_computed(const Share *share, Curve *curve, const double *seconds) {
+    moespac_observe(curve, share->tokens, seconds, share->n);
+    return moespac_release(share->shelf, share->ids, share->n);
 }
 
 /* The slot of the ready record that is retained least of those that nobody has pinned, the first of equals; -1: none. */
