@@ -89,6 +89,12 @@ class Policy(ABC):
                 return Placement(layer * self.shape.experts + active)
         return self.place(layer, counts, residency)
 
+    def places(self, layer: int, residency: Residency) -> int | None:
+        """Where native code finds what ``place`` would go by in ``layer``, for windows of up to
+        ``cost.TABLE`` - 1 tokens (``Places`` of csrc/place.h): who runs the layer may ask that in its place. None: it has
+        to be ``place``."""
+        return None
+
     @abstractmethod
     def retention(self, tier: TierName, layer: int) -> NDArray[np.float64]:
         """The value of keeping each expert in ``tier``, (layers * experts,), while ``layer`` runs (-1:

@@ -17,7 +17,7 @@ from moespac.experts.kernels.library import Curve, address, load_library
 Seconds = NDArray[np.float64]
 
 _FAR = 2.0**40  # tokens; no window is as long
-_TABLE = 64  # token counts that are answered from a table: any window of speculation
+TABLE = 64  # token counts that are answered from a table: any window of speculation
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class _Curve:
         self._seen = np.zeros(config.buckets, np.int64)
         self._x = np.append(self._nodes, _FAR)
         self._y = np.empty(config.buckets + 1)
-        self._table = np.empty(_TABLE)
+        self._table = np.empty(TABLE)
         arrays = (self._shape, self._prior, self._latest, self._seen, self._y, self._table)
-        sizes = (*self._latest.shape, _TABLE, config.redraw)
+        sizes = (*self._latest.shape, TABLE, config.redraw)
         self._state = Curve(*sizes, 0, 0, first, further, _FAR, *(address(array) for array in arrays))
         self.address = ctypes.addressof(self._state)  # for native code that observes, or asks
         self._library = load_library()
@@ -99,7 +99,7 @@ class _Curve:
 
     def __call__(self, tokens: NDArray) -> Seconds:
         table = self.table()
-        if tokens.dtype.kind == "i" and tokens.size and tokens.max() < _TABLE:
+        if tokens.dtype.kind == "i" and tokens.size and tokens.max() < TABLE:
             return table[tokens]
         return np.interp(tokens, self._x, self._y)
 
@@ -126,7 +126,7 @@ class _Curve:
             seconds = np.maximum.accumulate(self._prior * ratios[nearest])
         slope = (seconds[-1] - seconds[-2]) / (self._nodes[-1] - self._nodes[-2])
         self._y[:] = np.append(seconds, seconds[-1] + slope * (_FAR - self._nodes[-1]))
-        self._table[:] = np.interp(np.arange(_TABLE), self._x, self._y)
+        self._table[:] = np.interp(np.arange(TABLE), self._x, self._y)
         state = self._state
         state.due = state.measured + max(1, min(state.measured // 2, state.redraw))
 

@@ -39,9 +39,7 @@ class Placer:
             if stakes.freshening is not None:
                 self._showing = _showing(stakes.freshening, stakes.worth)
                 places.showing = ctypes.addressof(self._showing)
-        self._places, self._address = places, ctypes.addressof(places)
-        self._split = (ctypes.c_int64 * 2)()
-        self._split_address = ctypes.addressof(self._split)
+        self._places, self.address = places, ctypes.addressof(places)
 
     def asks_about(self, residency: Residency, costs: CostModel, stakes: Stakes | None) -> bool:
         known = self._asked_about
@@ -51,10 +49,8 @@ class Placer:
         """None: the prefill is too long for it; what the layer shows is learned then too."""
         order = np.empty(self._experts, np.int64)
         first_id = layer * self._experts
-        if not self._place(self._address, first_id, known_address(counts), address(order), self._split_address):
-            return None
-        there, active = self._split
-        return order[:active], there
+        there = self._place(self.address, first_id, known_address(counts), address(order))
+        return None if there < 0 else (order[: self._places.active], there)
 
 
 _latest: list[Placer] = []  # at most one

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.config import PolicyConfig
-from moespac.policy import profile
+from moespac.policy import native, profile
 from moespac.policy.balance import (
     Freshening,
     SavedSeconds,
@@ -89,6 +89,13 @@ class MoeSpacPolicy(Policy):
         if self._stakes is None:
             self._stakes = Stakes(self._saved_after, self._given_up, self._freshening())
         return place_by_finish(layer, counts, residency, self.costs, self._stakes)
+
+    def places(self, layer: int, residency: Residency) -> int | None:
+        """From the second layer of a pass on: the first one shows how many tokens it has."""
+        if layer == 0 or self._stakes is None or getattr(self.place, "__func__", None) is not MoeSpacPolicy.place:
+            return None  # who has replaced ``place`` is asked
+        placer = native.placer(residency, self.costs, self._stakes)
+        return None if placer is None else placer.address
 
     def retention(self, tier: TierName, layer: int) -> Order:
         """Utility discounted by how far ahead the next use is, from the pass's begin: layer order is a clock.

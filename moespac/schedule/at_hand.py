@@ -12,7 +12,7 @@ from moespac.experts.kernels.library import Share as NativeShare
 from moespac.experts.kernels.library import address, known_address, load_library
 from moespac.policy.cost import CostModel, Seconds
 from moespac.schedule.tiers import Tier
-from moespac.types import NO_IDS, Ids, Placement
+from moespac.types import NO_IDS, Ids, Placement, Plan
 
 
 class Share(NamedTuple):
@@ -38,6 +38,7 @@ class Taken(NamedTuple):
     accelerator: Share | None
 
 
+_NO_PLAN = Plan()
 NOTHING = Share(NO_IDS, NO_IDS, NO_IDS, 0)
 
 
@@ -51,6 +52,7 @@ class AtHand:
         self._numbers = [np.empty(experts, np.int64) for _ in range(4)]  # slots and tokens, the host's first
         library = load_library()
         self._take = library.moespac_take if library else None
+        self._place_and_take = library.moespac_place_and_take if library else None
         self._computed = library.moespac_computed if library else None
         self._devices = len(self._tiers)
         shelves = [tier.shelf_address for tier in self._tiers] + [None]
@@ -78,9 +80,29 @@ class AtHand:
         assert self._devices == 2 or not there, "no accelerator to compute on"
         all_there = self._take(self._address, self._devices, known_address(counts), first_id)
         hits = Hits(mine.ready, its.ready)
-        if not all_there:
-            return Taken(hits, None, None)
+        return self._taken(placement, hits) if all_there else Taken(hits, None, None)
+
+    def place_and_take(
+        self, places: int, counts: NDArray[np.int64], first_id: int
+    ) -> tuple[Placement, Taken]:
+        """Who computes what by ``places`` (``Policy.places``), and ``take`` of it."""
+        assert self._place_and_take is not None and self._devices == 2 and len(counts) == self._experts
+        order = np.empty(self._experts, np.int64)
+        all_there = self._place_and_take(
+            places, self._address, known_address(counts), first_id, address(order)
+        )
+        mine, its = self._views
+        there = its.n
+        placement = Placement(order[there : there + mine.n], order[:there], _NO_PLAN)
+        hits = Hits(mine.ready, its.ready)
+        return placement, self._taken(placement, hits) if all_there else Taken(hits, None, None)
+
+    def _taken(self, placement: Placement, hits: Hits) -> Taken:
+        """All of it, natively."""
+        host, accelerator = placement.host, placement.accelerator
         slots, tokens, its_slots, its_tokens = self._numbers
+        mine, its = self._views
+        here, there = host.size, accelerator.size
         return Taken(
             hits,
             Share(host, slots[:here], tokens[:here], mine.all_tokens, True) if here else NOTHING,

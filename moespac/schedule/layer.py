@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from moespac.policy.base import TierName
 from moespac.policy.cost import CostModel, Seconds
-from moespac.schedule.at_hand import NOTHING, Hits, Share
+from moespac.schedule.at_hand import NOTHING, Hits, Share, Taken
 from moespac.schedule.jobs import Jobs
 from moespac.schedule.memory import ExpertMemory, Retention
 from moespac.schedule.ports import Devices
@@ -113,7 +113,12 @@ class LayerRun:
 
         Raises StorageError or CheckpointError when an expert cannot be had; nothing stays pinned then.
         """
-        hits, host, accelerator = self._memory.at_hand.take(placement, self._counts, self._first_id)
+        taken = self._memory.at_hand.take(placement, self._counts, self._first_id)
+        return self.execute_taken(placement, taken, retention)
+
+    def execute_taken(self, placement: Placement, taken: Taken, retention: Retention) -> Hits:
+        """``execute`` of what has been taken already, as far as it could be."""
+        hits, host, accelerator = taken
         if host is None or accelerator is None:
             self._fetch_and_compute(placement, retention)
         else:

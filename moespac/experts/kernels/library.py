@@ -171,7 +171,7 @@ class Curve(ctypes.Structure):
 
 
 class Showing(ctypes.Structure):
-    """``Showing`` of place.c."""
+    """``Showing`` of place.h."""
 
     _fields_ = [
         ("tokens", ctypes.c_double),
@@ -183,7 +183,7 @@ class Showing(ctypes.Structure):
 
 
 class Places(ctypes.Structure):
-    """``Places`` of place.c."""
+    """``Places`` of place.h."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("total", "experts", "slots")),
@@ -191,6 +191,7 @@ class Places(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("by_host", "by_accelerator", "rates", "worth", "given_up")),
         ("victims", ctypes.c_int64),
         ("showing", ctypes.c_void_p),
+        ("active", ctypes.c_int64),
     ]
 
 
@@ -226,7 +227,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_decoder_new": (_POINTER, [_POINTER, ctypes.c_int, ctypes.c_char_p]),
     "moespac_decoder_free": (None, [_POINTER]),
     "moespac_join": (None, [_POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER]),
-    "moespac_place": (ctypes.c_int, [_POINTER, _INT64, _POINTER, _POINTER, _POINTER]),
+    "moespac_place": (_INT64, [_POINTER, _INT64, _POINTER, _POINTER]),
     "moespac_freshen": (None, [_POINTER, _INT64, _INT64, _POINTER]),
     "moespac_reads_new": (_POINTER, [ctypes.c_int, _POINTER, _POINTER, *[_INT64] * 4]),
     "moespac_reads_free": (None, [_POINTER]),
@@ -243,6 +244,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_group": (_INT64, [_POINTER, _INT64, _INT64, _POINTER, _POINTER]),
     "moespac_pin": (ctypes.c_int, [_POINTER, _POINTER, _INT64]),
     "moespac_release": (ctypes.c_int, [_POINTER, _POINTER, _INT64]),
+    "moespac_place_and_take": (ctypes.c_int, [_POINTER, _POINTER, _POINTER, _INT64, _POINTER]),
     "moespac_computed": (ctypes.c_int, [_POINTER, _POINTER, _POINTER]),
     "moespac_job_is_over": (
         ctypes.c_int,
@@ -277,6 +279,7 @@ _BRIEF = (
     "observe",
     "pin",
     "place",
+    "place_and_take",
     "release",
     "take",
     "victim",

@@ -3,9 +3,9 @@
 #include <math.h>
 #include <string.h>
 
-#include "costs.h"
 #include "experts.h"
 #include "memory.h"
+#include "place.h"
 
 /* ---- tokens by expert ------------------------------------------------------------------------------------------- */
 
@@ -128,6 +128,18 @@ EXPORT int moespac_take(Share *shares, int64_t devices, const int64_t *counts, i
         }
     }
     return 1;
+}
+
+/* moespac_place, and what it says to `order` is taken at once: the host's share is shares[0]. The tables of costs know so
+ * many tokens. */
+EXPORT int moespac_place_and_take(Places *places, Share *shares, const int64_t *counts, int64_t first_id,
+                                  int64_t *order) {
+    int64_t there = moespac_place(places, first_id, counts, order);
+    shares[0].ids = order + there;
+    shares[0].n = places->active - there;
+    shares[1].ids = order;
+    shares[1].n = there;
+    return moespac_take(shares, 2, counts, first_id);
 }
 
 /* What was taken is computed, and took `seconds` (n): the same. */

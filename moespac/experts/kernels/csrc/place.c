@@ -1,33 +1,15 @@
 /* PLACE: who computes which of a layer's experts, by earliest finish, and what the layer's routing says of their worth.
  * Twins of `place_in_python` in policy/split.py and `freshen_in_python` in policy/balance.py, to the last bit: every sum
  * runs in the same order. */
-#include "costs.h"
+#include "place.h"
+
+#include <string.h>
+
 #include "memory.h"
 
 enum { ACCELERATOR, ARRIVING, HOST, STORAGE };
 
-/* What a layer's routing shows: its experts' rates move by `step` towards it, and what they save follows. */
-typedef struct {
-    double tokens; /* that are routed */
-    float step;
-    const double *curve; /* (steps + 1) seconds saved at rates of 0, 1 / steps ... 1 */
-    int64_t steps;
-    float *lasting; /* (total) the rates */
-    double *saved;  /* (total) */
-} Showing;
-
-/* What is asked in all layers of a pass alike. */
-typedef struct {
-    int64_t total, experts, slots;                /* of all layers; of one; of the accelerator */
-    const uint8_t *host, *accelerator, *arriving; /* (total) where it is, or goes: to the accelerator */
-    Curve *by_host, *by_accelerator;
-    const double *rates;                          /* seconds of a copy and of a read; the toll of copies on the host */
-    const double *worth, *given_up;               /* (total), (victims); NULL: only this layer counts */
-    int64_t victims;
-    const Showing *showing;                       /* NULL: nothing is learned here */
-} Places;
-
-/* And in one of them. */
+/* What is asked in one layer. */
 typedef struct {
     int64_t slots, experts;
     const uint8_t *host, *accelerator, *arriving; /* (experts) */
@@ -100,9 +82,21 @@ static void finish_the_rest(const Layer *layer, const Expert *active, int64_t n,
     }
 }
 
+enum { WORD = 8, ADDED = 127 }; /* bytes; words that can be added byte by byte, each byte being 2 at most */
+
 static int64_t free_slots(const Places *places) {
-    int64_t used = 0;
-    for (int64_t e = 0; e < places->total; e++) used += places->accelerator[e] + places->arriving[e];
+    int64_t used = 0, e = 0;
+    while (e + WORD <= places->total) {
+        uint64_t sums = 0;
+        for (int64_t i = 0; i < ADDED && e + WORD <= places->total; i++, e += WORD) {
+            uint64_t there, arriving;
+            memcpy(&there, places->accelerator + e, WORD);
+            memcpy(&arriving, places->arriving + e, WORD);
+            sums += there + arriving;
+        }
+        for (int64_t i = 0; i < WORD; i++) used += sums >> 8 * i & 255;
+    }
+    for (; e < places->total; e++) used += places->accelerator[e] + places->arriving[e];
     return used < places->slots ? places->slots - used : 0;
 }
 
@@ -176,21 +170,17 @@ static Layer layer_of(const Places *places, int64_t first_id) {
     };
 }
 
-/* Who computes the experts of a layer, whose first is `first_id`; `counts` (experts) tokens of each. In `order` (experts)
- * their ids, the accelerator's first; split (2): how many those are, and how many all. Whether that can be said: not if
- * some expert has more tokens than the tables. What the layer shows is learned either way. */
-EXPORT int moespac_place(const Places *places, int64_t first_id, const int64_t *counts, int64_t *order, int64_t *split) {
+EXPORT int64_t moespac_place(Places *places, int64_t first_id, const int64_t *counts, int64_t *order) {
     if (places->showing) freshen(counts, first_id, places->experts, places->showing);
     Expert active[places->experts];
     double rest[places->experts + 1];
     Layer layer = layer_of(places, first_id);
     int64_t n = sort_out(&layer, counts, active);
-    if (n < 0) return 0;
+    if (n < 0) return -1;
     finish_the_rest(&layer, active, n, rest);
     for (int64_t i = 0; i < n; i++) order[i] = first_id + active[i].expert;
-    split[0] = layer.slots ? best_prefix(&layer, active, n, rest) : 0;
-    split[1] = n;
-    return 1;
+    places->active = n;
+    return layer.slots ? best_prefix(&layer, active, n, rest) : 0;
 }
 
 EXPORT void moespac_freshen(const int64_t *counts, int64_t first_id, int64_t experts, const Showing *showing) {
