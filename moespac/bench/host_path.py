@@ -3,7 +3,8 @@
 `moespac bench host-path` makes a model of Qwen3-30B-A3B's layers and experts, all of them tiny, and
 decodes windows of it through recordings that do nothing when launched. Routers' choices are drawn: some experts
 are popular, so the device has many of those asked for and the host the others; nothing is copied meanwhile. What is
-left is the host's own path from a router's choice to the next launch. A real launch, copy and event cost
+left is the host's own path from a router's choice to the next launch. Then the same with copies cheap enough that the
+policy makes some in most layers; they are over as soon as they are asked for. A real launch, copy and event cost
 microseconds more, which only a GPU can tell.
 CPU time of this thread, so that a busy machine does not count, and neither do waits.
 """
@@ -35,6 +36,7 @@ from moespac.types import Window
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 _VOCABULARY = 256
 _DEAR = 1.0  # second to copy an expert: none is worth it
+_CHEAP = 20e-6  # a few experts' time on the host: some are
 _SKEW = 1.0  # of routing: the expert of rank r is chosen in proportion of 1 / r
 
 
@@ -68,7 +70,10 @@ class _Hollow(InProcess):
 class _Launched:
     """``schedule.ports.Ticket`` of a job that a device had done before the host asked."""
 
-    done, error, seconds = True, None, 1e-6
+    done, error = True, None
+
+    def __init__(self, seconds: float = 1e-6) -> None:
+        self.seconds = seconds
 
 
 class _Echo:
@@ -87,6 +92,8 @@ class HostTime:
     trunk: float  # launching, the routing's way to the host, the experts' output into its place
     decide: float  # of the policy: who computes what
     dispatch: float  # to both devices, and the join; not the host's own share of the experts
+    copying: float  # all of it where the policy has experts copied ...
+    copies: float  # ... so many a layer
 
     @property
     def total(self) -> float:
@@ -111,13 +118,17 @@ def measure(
             jobs = _a_fast_device(engine, hollow, max(windows))
             whole = [_median(engine, trunk, hollow, clock, tokens, passes) for tokens in windows]
             assert jobs, "the policy sent the device no job: this is not the path of two devices"
+            made = _fast_copies(engine)
+            copying = [_copying(engine, trunk, hollow, clock, tokens, passes, made) for tokens in windows]
             for module in engine.model.modules():
                 if isinstance(module, OffloadedExperts):
                     echo: Any = _Echo()
                     module.attach(0, echo)
             alone = [_median(None, trunk, hollow, clock, tokens, passes) for tokens in windows]
-    pairs = zip(alone, whole, strict=True)
-    return [HostTime(trunk, decide, max(0.0, both - decide - trunk)) for (trunk, _), (both, decide) in pairs]
+    return [
+        HostTime(trunk, decide, max(0.0, both - decide - trunk), *copies)
+        for (trunk, _), (both, decide), copies in zip(alone, whole, copying, strict=True)
+    ]
 
 
 def _a_fast_device(engine: Engine, hollow: _Hollow, tokens: int) -> list[str]:
@@ -135,7 +146,7 @@ def _a_fast_device(engine: Engine, hollow: _Hollow, tokens: int) -> list[str]:
     costs, samples = engine.runtime.policy.costs, CostConfig().samples
     for count in range(1, tokens + 1):
         for _ in range(samples):
-            costs.observe_accelerator(count, _Launched.seconds)
+            costs.observe_accelerator(count, _Launched().seconds)
     values = hollow.popularity.ravel()
     for expert in np.flatnonzero(~memory.host.ready).tolist():
         memory.demand_host(expert, lambda tier: values)
@@ -148,6 +159,37 @@ def _a_fast_device(engine: Engine, hollow: _Hollow, tokens: int) -> list[str]:
     for _ in range(samples):
         costs.observe_link(_DEAR)
     return jobs
+
+
+def _fast_copies(engine: Engine) -> list[str]:
+    """Copies are over once they are asked for from now on, and known to be cheap; the list grows by a name for each."""
+    memory: Any = engine.runtime.memory
+    made: list[str] = []
+
+    def copy_in(name: str, *where: object) -> _Launched:
+        made.append(name)
+        memory.bell.ring()
+        return _Launched(_CHEAP)
+
+    memory.link._accelerator.copy_in = copy_in
+    for _ in range(CostConfig().samples):
+        engine.runtime.policy.costs.observe_link(_CHEAP)
+    return made
+
+
+def _copying(
+    engine: Engine,
+    trunk: GraphedTrunk,
+    hollow: _Hollow,
+    clock: PassClock,
+    tokens: int,
+    passes: int,
+    made: list[str],
+) -> tuple[float, float]:
+    """Microseconds a layer, and copies."""
+    before = len(made)
+    path, _ = _median(engine, trunk, hollow, clock, tokens, passes)
+    return path, (len(made) - before) / (passes * LAYERS)
 
 
 def _trunk(engine: Engine, hollow: _Hollow, clock: PassClock) -> GraphedTrunk:
