@@ -57,6 +57,15 @@ class PassRetention(NamedTuple):
         return value
 
 
+class Turns(NamedTuple):
+    """Values of the experts of layers that have had their turn, and of those that are to come, (layers * experts,)
+    both; the latter begin with the expert ``first``."""
+
+    ran: NDArray[np.float64]
+    to_come: NDArray[np.float64]
+    first: int
+
+
 class Policy(ABC):
     """Decides which experts are where, and who computes them. Never touches a tensor, a clock or a thread."""
 
@@ -100,6 +109,10 @@ class Policy(ABC):
         """The value of keeping each expert in ``tier``, (layers * experts,), while ``layer`` runs (-1:
         between passes). The resident expert with the lowest value is the next victim; a prefetch never evicts
         an expert worth as much as itself or more."""
+
+    def turns(self, tier: TierName, layer: int) -> Turns | None:
+        """``retention`` without putting it together, for who needs few of its values. None: ask that."""
+        return None
 
     def pass_retention(self) -> PassRetention | None:
         """What ``retention`` will say of host memory in the pass to come, whatever its layers show. None: it does

@@ -223,12 +223,12 @@ class CostModel:
     def observe_link(self, seconds: float) -> None:
         """One record took ``seconds`` from host to accelerator."""
         self._link.observe(seconds)
-        self._note_rates()
+        self.rates[0] = self.link
 
     def observe_storage(self, seconds: float) -> None:
         """One record took ``seconds`` from storage."""
         self._storage.observe(seconds)
-        self._note_rates()
+        self.rates[1] = self.storage
 
     def _note_rates(self) -> None:
         self.rates[:] = self.link, self.storage, self.copy_toll

@@ -21,7 +21,7 @@ from moespac.policy.balance import (
     host_costs,
     slots_needed,
 )
-from moespac.policy.base import PassRetention, Policy, TierName
+from moespac.policy.base import PassRetention, Policy, TierName, Turns
 from moespac.policy.copies import worth_copying
 from moespac.policy.cost import CostModel
 from moespac.policy.foresight import Foresight
@@ -110,6 +110,11 @@ class MoeSpacPolicy(Policy):
         if tier == "host" and self.capacity.accelerator:
             later, now = later * self._worth_in_host, now * self._worth_in_host
         return PassRetention(later, now, self._beyond).at(layer, self.shape.experts)
+
+    def turns(self, tier: TierName, layer: int) -> Turns | None:
+        if tier != "accelerator" or not self.capacity.accelerator:
+            return None
+        return Turns(self._saved_after, self._saved_with_now, (layer + 1) * self.shape.experts)
 
     def pass_retention(self) -> PassRetention | None:
         """With one device there is nothing else to ask."""

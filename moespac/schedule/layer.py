@@ -38,12 +38,7 @@ class Side:
         """What is resident already is pinned, so that fetching the rest cannot evict it."""
         if not self.needed.size:
             return
-        there = self.tier.ready[self.needed]
-        resident = self.needed
-        if False in there.tolist():
-            resident, self.missing = self.needed[there], self.needed[~there].tolist()
-        self.tier.pin_all(resident)
-        self.ready = resident.tolist()
+        self.ready, self.missing = self.tier.sort_out(self.needed)
 
     def arrived(self, expert: int) -> None:
         if expert in self.flying:
@@ -145,7 +140,7 @@ class LayerRun:
                 copying = memory.copying
                 seconds = self._run_on_host(host.experts, host.slots)
                 if copying:
-                    self._learn(host.tokens, seconds, copying)
+                    self._learn(host.experts, seconds, copying)
                     memory.host.release_all(host.experts)
                 else:
                     memory.at_hand.computed(host, seconds, self._costs)
@@ -200,6 +195,8 @@ class LayerRun:
             self._jobs.reap()
             released = False
             if device is not None:
+                if device.missing and not self._memory.flying:
+                    self._begin_copies(device, retention)
                 device.fetch(self._memory.demand_accelerator, retention, near=self._memory.host.ready)
                 released = self._launch(device)
             host.fetch(self._memory.demand_host, retention)
@@ -215,13 +212,22 @@ class LayerRun:
             else:
                 return
 
+    def _begin_copies(self, side: Side, retention: Retention) -> None:
+        """What ``fetch`` does first, of all that are in host memory at once."""
+        near, landed = self._memory.host.ready, side.tier.ready
+        there = [expert for expert in side.missing if near[expert] and not landed[expert]]
+        if there:
+            begun = there[: self._memory.begin_copies(there, retention)]
+            side.flying.update(begun)
+            side.missing = [expert for expert in side.missing if expert not in side.flying]
+
     def _compute_on_host(self, side: Side) -> None:
         """All that are ready; but while others wait for a slot, only as many as run at once, to release theirs."""
         most = self._devices.host_threads if side.missing else len(side.ready)
         experts = np.array(side.ready[:most])
         copying = self._memory.copying
         seconds = self._run_on_host(experts, side.tier.slots_of[experts])
-        self._learn(self._tokens(experts), seconds, copying)
+        self._learn(experts, seconds, copying)
         del side.ready[:most]
         side.tier.release_all(experts)
 
@@ -238,7 +244,7 @@ class LayerRun:
         if side.ready:
             experts = np.array(side.ready)
             side.ready = []  # their pins now belong to the job
-            self._launch_job(experts, side.tier.slots_of[experts], int(self._tokens(experts).sum()))
+            self._launch_job(experts, *side.tier.look_up(experts, self._counts, self._first_id))
         return released
 
     # ---- either way ------------------------------------------------------------------------------------
@@ -248,12 +254,12 @@ class LayerRun:
         with self._clock.measure("host_experts", self._names(experts)):
             return self._devices.compute_on_host(experts, slots)
 
-    def _learn(self, tokens: NDArray[np.int64], seconds: Seconds, copying: bool) -> None:
+    def _learn(self, experts: NDArray[np.int64], seconds: Seconds, copying: bool) -> None:
         """``copying``: whether a copy ran when they began."""
         if not copying:
-            self._costs.observe_host_experts(tokens, seconds)
+            self._costs.observe_host_experts(self._tokens(experts), seconds)
         elif self._memory.copying:
-            self._costs.observe_host_experts_beside_copy(tokens, seconds)
+            self._costs.observe_host_experts_beside_copy(self._tokens(experts), seconds)
 
     def _launch_job(self, experts: NDArray[np.int64], slots: NDArray[np.int64], tokens: int) -> None:
         assert self._memory.accelerator is not None

@@ -9,14 +9,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moespac.config import CostConfig
 from moespac.experts.kernels.library import load_library
 from moespac.experts.workers import Ticket
+from moespac.policy import native
+from moespac.policy.base import Turns
+from moespac.policy.cost import CostModel
+from moespac.policy.split import Stakes
 from moespac.schedule.at_hand import AtHand, Hits, Share, Taken
 from moespac.schedule.jobs import Jobs
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.stats import PassClock
 from moespac.schedule.tiers import Tier
-from moespac.types import NO_IDS, Placement, Plan
+from moespac.types import NO_IDS, Capacity, Placement, Plan, Residency
 from tests.fakes import FakeStore
 from tests.schedule.real_workers import Memory
 
@@ -117,6 +122,84 @@ def test_both_choose_the_same_victim(ready, pinned, values) -> None:
     victim = here._victim(worth)
     assert victim == here._victim_in_python(worth)
     assert (victim in ready - pinned) == bool(ready - pinned)
+
+
+@needs_library
+@CALM
+@given(
+    ready=st.sets(st.integers(0, TOTAL - 1), max_size=EXPERTS),
+    pinned=st.sets(st.integers(0, TOTAL - 1)),
+    wanted=st.lists(st.integers(0, TOTAL - 1), unique=True, max_size=4),
+    first=st.integers(0, TOTAL),
+    values=st.lists(st.sampled_from([0.0, 1.0, 2.5, np.inf]), min_size=2 * TOTAL, max_size=2 * TOTAL),
+)
+def test_both_reserve_the_same(ready, pinned, wanted, first, values) -> None:
+    """Slots for copies of several: free ones, then those of the least retained, as far as there are any."""
+    retention = Turns(np.array(values[:TOTAL]), np.array(values[TOTAL:]), first)
+    told = []
+    for natively in (True, False):
+        source = Tier("host", TOTAL, 4096, TOTAL)
+        for expert in range(TOTAL):
+            source.reserve(expert, np.zeros(TOTAL))
+            source.commit(expert)
+        here = tier("accelerator", sorted(ready, key=lambda e: e * 5 % 7))
+        for expert in ready & pinned:
+            here.pin(expert)
+        missing = [expert for expert in wanted if expert not in ready]
+        if not natively:
+            here._library = None
+        places = here.reserve_all(missing, source, retention)
+        assert len(places) == min(len(missing), EXPERTS - len(ready & pinned))
+        here.check_integrity()
+        assert [expert for expert in range(TOTAL) if source._pins[source.slot(expert)]] == sorted(
+            missing[: len(places)]
+        )
+        told.append((places, [part.tolist() for part in here.books], source._pins.tolist()))
+    assert told[0] == told[1]
+
+
+@needs_library
+@CALM
+@given(ready=of_layer, wanted=of_layer, seed=st.integers(0, 99))
+def test_both_sort_out_and_look_up_the_same(ready, wanted, seed) -> None:
+    counts = np.random.default_rng(seed).integers(1, 9, EXPERTS)
+    told = []
+    for natively in (True, False):
+        here = tier("accelerator", sorted(ready))
+        if not natively:
+            here._library = None
+        resident, missing = here.sort_out(ids(wanted))
+        assert (set(resident), set(missing)) == (wanted & ready, wanted - ready)
+        slots, tokens = here.look_up(np.array(resident, np.int64), counts, EXPERTS)
+        told.append((resident, missing, slots.tolist(), tokens, here._pins.tolist()))
+    assert told[0] == told[1]
+
+
+@needs_library
+@CALM
+@given(on_host=of_layer, on_device=of_layer, active=of_layer, seed=st.integers(0, 99))
+def test_placing_and_taking_in_one_call_is_one_after_the_other(on_host, on_device, active, seed) -> None:
+    rng = np.random.default_rng(seed)
+    counts = np.zeros(EXPERTS, np.int64)
+    counts[[expert - EXPERTS for expert in active]] = rng.integers(1, 9, len(active))
+    told = []
+    for at_once in (True, False):
+        tiers = [tier("host", sorted(on_host)), tier("accelerator", sorted(on_device))]
+        grids = [one.reshape(LAYERS, EXPERTS) for part in tiers for one in (part.ready, part.filling)]
+        now = Residency(grids[0], grids[2], grids[1], grids[3], Capacity(EXPERTS, EXPERTS))
+        worth = np.random.default_rng(seed).uniform(0, 1e-3, TOTAL)
+        placer = native.placer(now, CostModel(CostConfig(), 1 << 20), Stakes(worth, np.zeros(2)))
+        at_hand = AtHand(*tiers, EXPERTS)
+        assert placer is not None
+        if at_once:
+            placement, taken = at_hand.place_and_take(placer.address, counts, EXPERTS)
+        else:
+            order, there = placer(1, counts)  # type: ignore[misc]
+            placement = Placement(order[there:], order[:there])
+            taken = at_hand.take_in_python(placement, counts, EXPERTS)
+        placed = placement.host.tolist(), placement.accelerator.tolist()
+        told.append((placed, plain(taken), [part._pins.tolist() for part in tiers]))
+    assert told[0] == told[1]
 
 
 # ---- the turn and the loop ----------------------------------------------------------------------------------

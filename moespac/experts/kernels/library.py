@@ -147,7 +147,17 @@ class HostMemory(ctypes.Structure):
 class Shelf(ctypes.Structure):
     """``Shelf`` of dispatch.c."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("ready", "slot_of", "pins")]
+    _fields_ = [
+        ("slots", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("ready", "filling", "slot_of")),
+        *((name, ctypes.c_void_p) for name in ("expert_in", "state", "pins", "free", "counts")),
+    ]
+
+
+class Retention(ctypes.Structure):
+    """``Retention`` of dispatch.c."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("ran", "to_come")), ("first", ctypes.c_int64)]
 
 
 class Share(ctypes.Structure):
@@ -250,7 +260,10 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         ctypes.c_int,
         [_POINTER, _POINTER, _INT64, _POINTER, _INT64, ctypes.c_double],
     ),
-    "moespac_victim": (_INT64, [_POINTER, _POINTER, _POINTER, _INT64, ctypes.c_uint8, _POINTER]),
+    "moespac_sort_out": (_INT64, [_POINTER, _POINTER, _INT64, _POINTER]),
+    "moespac_look_up": (_INT64, [_POINTER, _POINTER, _INT64, _POINTER, _INT64, _POINTER]),
+    "moespac_victim": (_INT64, [_POINTER, _POINTER]),
+    "moespac_reserve": (_INT64, [*[_POINTER] * 3, _INT64, *[_POINTER] * 3]),
     "moespac_make_jobs": (_INT64, [_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER]),
     "moespac_take": (ctypes.c_int, [_POINTER, _INT64, _POINTER, _INT64]),
     "moespac_run_share": (
@@ -275,12 +288,15 @@ _BRIEF = (
     "freshen",
     "group",
     "job_is_over",
+    "look_up",
     "make_jobs",
     "observe",
     "pin",
     "place",
     "place_and_take",
     "release",
+    "reserve",
+    "sort_out",
     "take",
     "victim",
 )

@@ -57,11 +57,17 @@ EXPORT int64_t moespac_group(const int64_t *index, int64_t routings, int64_t exp
 
 /* ---- what is there ---------------------------------------------------------------------------------------------- */
 
-/* What of a tier's books pinning takes: (layers * experts) flags and slots, (slots) pins. */
+enum { FREE, FILLING, READY };
+
+/* The books of a tier. */
 typedef struct {
-    const uint8_t *ready;
-    const int64_t *slot_of;
-    int64_t *pins;
+    int64_t slots;
+    uint8_t *ready, *filling; /* (layers * experts) */
+    int64_t *slot_of;
+    int64_t *expert_in; /* (slots) */
+    uint8_t *state;
+    int64_t *pins, *free;
+    int64_t *counts; /* slots that are free, the first so many of `free`; the most that were in use */
 } Shelf;
 
 static int64_t count_ready(const Shelf *shelf, const int64_t *ids, int64_t n) {
@@ -89,6 +95,26 @@ EXPORT int moespac_release(const Shelf *shelf, const int64_t *ids, int64_t n) {
     }
     for (int64_t i = 0; i < n; i++) shelf->pins[shelf->slot_of[ids[i]]]--;
     return 1;
+}
+
+/* Of `ids` (n), in their order: those that are ready, which are pinned, and after them in `sorted` (n) the others. How many
+ * are ready. */
+EXPORT int64_t moespac_sort_out(const Shelf *shelf, const int64_t *ids, int64_t n, int64_t *sorted) {
+    int64_t ready = 0, missing = count_ready(shelf, ids, n);
+    for (int64_t i = 0; i < n; i++) sorted[shelf->ready[ids[i]] ? ready++ : missing++] = ids[i];
+    pin(shelf, sorted, ready);
+    return ready;
+}
+
+/* slots (n) of `ids`; returns the tokens of all. `counts` are those of the experts from `first_id` on. */
+EXPORT int64_t moespac_look_up(const Shelf *shelf, const int64_t *ids, int64_t n, const int64_t *counts,
+                               int64_t first_id, int64_t *slots) {
+    int64_t tokens = 0;
+    for (int64_t i = 0; i < n; i++) {
+        slots[i] = shelf->slot_of[ids[i]];
+        tokens += counts[ids[i] - first_id];
+    }
+    return tokens;
 }
 
 /* A job is over: what each of its experts took is learned, and they are released; whether they were pinned. */
@@ -148,20 +174,67 @@ EXPORT int moespac_computed(const Share *share, Curve *curve, const double *seco
     return moespac_release(share->shelf, share->ids, share->n);
 }
 
-/* The slot of the ready record that is retained least of those that nobody has pinned, the first of equals; -1: none. */
-EXPORT int64_t moespac_victim(const uint8_t *state, const int64_t *pins, const int64_t *expert_in, int64_t slots,
-                              uint8_t ready, const double *retention) {
-    int64_t victim = -1;
-    double least = 0;
-    for (int64_t slot = 0; slot < slots; slot++) {
-        if (state[slot] != ready || pins[slot]) continue;
-        double value = retention[expert_in[slot]];
-        if (victim < 0 || value < least) {
-            victim = slot;
-            least = value;
+/* What it is worth to keep an expert: its layer has run (it is before `first`), or is to come. */
+typedef struct {
+    const double *ran, *to_come;
+    int64_t first;
+} Retention;
+
+/* `victims` (n): the slots of those ready records that are retained least of all that nobody has pinned, the least first, the
+ * first of equals. How many there are. */
+static int64_t find_victims(const Shelf *shelf, const Retention *retention, int64_t n, int64_t *victims) {
+    double values[n + 1];
+    int64_t found = 0;
+    for (int64_t slot = 0; slot < shelf->slots; slot++) {
+        if (shelf->state[slot] != READY || shelf->pins[slot]) continue;
+        int64_t expert = shelf->expert_in[slot], at = found;
+        double value = expert < retention->first ? retention->ran[expert] : retention->to_come[expert];
+        if (found < n)
+            found++;
+        else if (!n || value >= values[--at])
+            continue;
+        for (; at > 0 && value < values[at - 1]; at--) {
+            values[at] = values[at - 1];
+            victims[at] = victims[at - 1];
         }
+        values[at] = value;
+        victims[at] = slot;
     }
-    return victim;
+    return found;
+}
+
+/* The expert in the slot that makes way first; -1: none can. */
+EXPORT int64_t moespac_victim(const Shelf *shelf, const double *retention) {
+    Retention all = {retention, retention, 0};
+    int64_t slot;
+    return find_victims(shelf, &all, 1, &slot) ? shelf->expert_in[slot] : -1;
+}
+
+/* Take slots of `to` for the records of `ids` (n), which are ready in `from` and are pinned there, and mark them filling:
+ * free ones, then those whose records make way. `slots` (n) in `to`, `sources` (n) in `from`. How many have one, the first
+ * so many. */
+EXPORT int64_t moespac_reserve(const Shelf *to, const Shelf *from, const int64_t *ids, int64_t n,
+                               const Retention *retention, int64_t *slots, int64_t *sources) {
+    int64_t *free_slots = &to->counts[0], taken = n < *free_slots ? n : *free_slots;
+    for (int64_t i = 0; i < taken; i++) slots[i] = to->free[--*free_slots];
+    int64_t victims = find_victims(to, retention, n - taken, slots + taken);
+    for (int64_t i = taken; i < taken + victims; i++) {
+        int64_t expert = to->expert_in[slots[i]];
+        to->ready[expert] = 0;
+        to->slot_of[expert] = -1;
+    }
+    taken += victims;
+    for (int64_t i = 0; i < taken; i++) {
+        to->slot_of[ids[i]] = slots[i];
+        to->expert_in[slots[i]] = ids[i];
+        to->state[slots[i]] = FILLING;
+        to->filling[ids[i]] = 1;
+        sources[i] = from->slot_of[ids[i]];
+        from->pins[sources[i]]++;
+    }
+    int64_t used = to->slots - *free_slots;
+    if (used > to->counts[1]) to->counts[1] = used;
+    return taken;
 }
 
 /* ---- what an accelerator computes -------------------------------------------------------------------------------- */
