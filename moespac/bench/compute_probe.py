@@ -1,12 +1,13 @@
-"""What the host's cores reach: reading memory, running an expert, and getting through a layer."""
+"""What the host's cores reach: reading memory, and running an expert."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,26 +15,26 @@ from transformers import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moespac.config import MeasureConfig
-from moespac.engine.build import DEMO, load
-from moespac.engine.summary import Summary
 from moespac.experts.compute import ExpertMath
 from moespac.experts.format import packed_layout
 from moespac.experts.kernels.host import HostKernel
+from moespac.experts.movers import host_arena
 from moespac.model.index import ExpertTensor
-from moespac.sim.shapes import read_model
 
 _TINY = 64  # hidden size and width of an expert whose arithmetic takes no time
-_COUNTED_ELSEWHERE = ("host_experts", "wait_for_experts")  # causes of seconds
 
 
 class ExpertProbe:
     """A SwiGLU expert as the engine runs it: its own mathematics, or its own kernel, on its own records.
 
-    The kernel computes an expert on each thread; ``together`` is how many a run computes at once.
+    The kernel is asked for ``together`` experts at once, as a layer asks: some for each of its threads.
     """
 
-    def __init__(self, hidden: int, width: int, format: str, nbytes: int, device: str = "cpu") -> None:
-        """``nbytes`` of equal records take turns: more than any cache holds, so each is read from memory."""
+    def __init__(
+        self, hidden: int, width: int, format: str, nbytes: int, each: int = 1, device: str = "cpu"
+    ) -> None:
+        """``nbytes`` of equal records take turns: more than any cache holds, so each is read from memory. ``each``
+        thread of the kernel has so many experts of a run."""
         config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=width, num_experts=1)
         with torch.device("meta"):
             prototype = Qwen3MoeExperts(config)
@@ -50,23 +51,32 @@ class ExpertProbe:
         self.hidden = hidden
         self._math = ExpertMath(prototype, layout)
         self._kernel = HostKernel.build(prototype, layout, threads) if device == "cpu" else None
-        self.together = threads if self._kernel else 1
-        count = max(-(-nbytes // layout.nbytes), self.together)
-        self._records = record.to(device).repeat(count, 1)  # (count, record_bytes)
-        self._turns = cycle(range(count))
+        self.together = each * threads if self._kernel else 1
+        runs = -(-nbytes // (layout.nbytes * self.together))
+        count = runs * self.together
+        if device == "cpu":  # in huge pages, as the engine has them
+            self._records = host_arena(count, layout.nbytes)  # (count, record_bytes)
+        else:
+            self._records = torch.empty(count, layout.nbytes, dtype=torch.uint8, device=device)
+        self._records.copy_(record)
+        self._turns = cycle(np.arange(count).reshape(runs, self.together))
+        self._groups = cache(partial(_groups, self.together, hidden))
 
     @torch.no_grad()
     def run(self, x: torch.Tensor) -> torch.Tensor:
         """x (M, hidden) -> (M, hidden), through the record whose turn it is; ``together`` of them in the kernel."""
+        slots = next(self._turns)
         if self._kernel is None:
-            return self._math(x, self._records[next(self._turns)], None)
-        tokens, jobs = x.shape[0], self.together
-        out = torch.empty(tokens * jobs, self.hidden)  # as if each token were routed to all of them
-        slots = np.array([next(self._turns) for _ in range(jobs)])
-        rows = np.ascontiguousarray(np.arange(tokens * jobs).reshape(tokens, jobs).T).ravel()
-        begins, counts = tokens * np.arange(jobs), np.full(jobs, tokens)
-        self._kernel.run(x, jobs, self._records, slots, rows, begins, counts, out)
-        return out.view(tokens, jobs, self.hidden)[:, 0]
+            return self._math(x, self._records[slots[0]], None)
+        rows, begins, counts, out = self._groups(x.shape[0])
+        self._kernel.run(x, self.together, self._records, slots, rows, begins, counts, out)
+        return out.view(x.shape[0], self.together, self.hidden)[:, 0]
+
+
+def _groups(jobs: int, hidden: int, tokens: int) -> tuple[Any, Any, Any, torch.Tensor]:
+    """As if each token were routed to all ``jobs``: ``HostKernel.run``'s rows, begins, counts and out."""
+    rows = np.ascontiguousarray(np.arange(tokens * jobs).reshape(tokens, jobs).T).ravel()
+    return rows, tokens * np.arange(jobs), np.full(jobs, tokens), torch.empty(tokens * jobs, hidden)
 
 
 def memory_bandwidth(threads: int, config: MeasureConfig) -> float:
@@ -86,7 +96,8 @@ def host_expert_seconds(
     samples of one. ``advance`` is called after each of ``repeats`` + 1 rounds; the first does not count.
     """
     hidden, width = config.expert_hidden, config.expert_width
-    probes = {format: ExpertProbe(hidden, width, format, config.records_bytes) for format in formats}
+    each = config.experts_each
+    probes = {format: ExpertProbe(hidden, width, format, config.records_bytes, each) for format in formats}
     inputs = {tokens: torch.ones(tokens, hidden) for tokens in config.expert_tokens}
     rounds = []
     for _ in range(config.repeats + 1):
@@ -100,43 +111,10 @@ def host_expert_seconds(
 
 def expert_overhead(config: MeasureConfig) -> float:
     """Seconds of an expert on the host whose arithmetic takes no time."""
-    probe = ExpertProbe(_TINY, _TINY, "f32", nbytes=1)
+    probe = ExpertProbe(_TINY, _TINY, "f32", nbytes=1, each=config.experts_each)
     x = torch.ones(1, _TINY)
     spent = typical_seconds(lambda: probe.run(x), 100 * config.repeats)  # some microseconds each
     return spent / probe.together
-
-
-def layer_overhead(bandwidth: float, config: MeasureConfig) -> float:
-    """Seconds that a layer of the embedded model takes besides reading weights, in decode passes.
-
-    Its experts are all in memory and its trunk is small: what is left is attention's calls, routing, deciding and
-    joining. ``bandwidth`` (bytes/s) says what reading the trunk took.
-    """
-    summaries = _decoded("100%", config)
-    model = read_model(DEMO / "target", "f32")
-    per_pass = typical([_overhead(summary) for summary in summaries[1:]]) - model.trunk_bytes / bandwidth
-    return max(0.0, per_pass) / model.layers
-
-
-def decide_overhead(config: MeasureConfig) -> float:
-    """Seconds that a layer of the embedded model takes for deciding once memory lacks experts, beyond what it takes
-    with all of them at hand."""
-    spent = [
-        typical(
-            [summary.seconds.get("decide", 0.0) / summary.passes for summary in _decoded(share, config)[1:]]
-        )
-        for share in ("50%", "100%")
-    ]
-    return max(0.0, spent[0] - spent[1]) / read_model(DEMO / "target", "f32").layers
-
-
-def _decoded(host_memory: str, config: MeasureConfig) -> list[Summary]:
-    """Of some short texts by the embedded model, without drafts."""
-    with load(draft="none", host_memory=host_memory, profile=None) as engine:
-        return [
-            engine.generate("The", max_new_tokens=config.decode_tokens, temperature=1.0).summary
-            for _ in range(config.repeats + 1)
-        ]
 
 
 def typical_seconds(work: Callable[[], object], repeats: int) -> float:
@@ -155,9 +133,3 @@ def seconds(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
-
-
-def _overhead(summary: Summary) -> float:
-    """Seconds of a decode pass that are neither experts nor waiting for them."""
-    spent = summary.seconds["total"] - summary.seconds["prefill"]
-    return (spent - sum(summary.seconds.get(cause, 0.0) for cause in _COUNTED_ELSEWHERE)) / summary.passes

@@ -17,15 +17,15 @@ import psutil
 import torch
 
 import moespac
+from moespac.bench.beside_probe import Slowdowns, measure_slowdowns
 from moespac.bench.compute_probe import (
-    decide_overhead,
     expert_overhead,
     host_expert_seconds,
-    layer_overhead,
     memory_bandwidth,
 )
 from moespac.bench.cuda_probe import CudaSpeed, measure_cuda
-from moespac.bench.storage_probe import StorageSpeed, fit_storage, measure_storage
+from moespac.bench.overhead_probe import Overheads, measure_overheads
+from moespac.bench.storage_probe import StorageSpeed, fit_storage, measure_file, storage_file
 from moespac.config import MeasureConfig
 from moespac.experts.format import PACK_FORMATS
 from moespac.sim.hardware import Curve, HardwareProfile
@@ -41,8 +41,8 @@ class Measurement:
     storage: StorageSpeed
     experts: dict[str, dict[int, float]]  # one expert on the host, by record format and tokens
     expert_overhead: float  # of an expert whose arithmetic takes no time
-    layer_overhead: float
-    decide_overhead: float
+    overheads: Overheads
+    slowdowns: Slowdowns
     cuda: CudaSpeed | None
 
 
@@ -51,19 +51,22 @@ def measure_machine(
 ) -> Measurement:
     """Measure memory, storage, experts, a layer, and a GPU if there is one.
 
-    Storage is read from a temporary file in ``directory``. ``progress`` is told how many of how many parts are
+    Storage is read from temporary files in ``directory``. ``progress`` is told how many of how many parts are
     done. Raises ConfigError when ``directory`` cannot take the file.
     """
-    parts = len(config.block_bytes) * len(config.depths) + 1 + (config.repeats + 1) + 1
+    parts = len(config.block_bytes) * len(config.depths) + 1 + 1 + (config.repeats + 1) + 2
     advance = _counter(parts, progress)
-    storage = measure_storage(directory, config, advance)  # first: the one part that can be refused
+    with storage_file(directory, config) as file:  # first: the one part that can be refused
+        storage, slowdowns = measure_file(file, config, advance), measure_slowdowns(file, config)
+    advance()
     memory = {n: memory_bandwidth(n, config) for n in sorted({1, len(os.sched_getaffinity(0))})}
     advance()
     experts = host_expert_seconds(PACK_FORMATS, config, advance)
-    per_layer = layer_overhead(max(memory.values()), config), decide_overhead(config)
+    overheads = measure_overheads(directory, max(memory.values()), config)
+    advance()
     cuda = measure_cuda(config)
     advance()
-    return Measurement(memory, storage, experts, expert_overhead(config), *per_layer, cuda)
+    return Measurement(memory, storage, experts, expert_overhead(config), overheads, slowdowns, cuda)
 
 
 def to_profile(name: str, measured: Measurement, config: MeasureConfig) -> HardwareProfile:
@@ -76,11 +79,12 @@ def to_profile(name: str, measured: Measurement, config: MeasureConfig) -> Hardw
         "host_bandwidth": measured.memory[max(measured.memory)],
         "host_flops": 2 * most * weights / min(seconds[most] for seconds in measured.experts.values()),
         "host_expert_overhead": measured.expert_overhead,
-        "layer_overhead": measured.layer_overhead,
-        "decide_overhead": measured.decide_overhead,
+        **{f"{part}_overhead": value for part, value in asdict(measured.overheads).items()},
         "storage_bandwidth": storage.bandwidth,
         "storage_latency": storage.latency,
         "storage_depth": storage.depth,
+        "storage_slowdown": measured.slowdowns.storage,
+        "expert_slowdown": measured.slowdowns.experts,
         "host_seconds_per_weight": {
             format: _curve(seconds, measured.expert_overhead, weights)
             for format, seconds in measured.experts.items()

@@ -7,8 +7,9 @@ import mmap
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -41,21 +42,52 @@ class StorageModel:
     depth: int
 
 
-def measure_storage(directory: Path, config: MeasureConfig, advance: Callable[[], None]) -> StorageSpeed:
-    """Read a temporary file in ``directory``; ``advance`` is called after each of its measurements.
+@dataclass(frozen=True)
+class StorageFile:
+    """A temporary file to read. It has no name: whatever happens to this process, nothing stays."""
 
-    The file has no name: whatever happens to this process, nothing stays. Raises ConfigError when ``directory``
-    cannot take it.
-    """
+    descriptor: int
+    nbytes: int
+    direct: bool  # as in ``StorageSpeed``
+
+
+@contextmanager
+def storage_file(directory: Path, config: MeasureConfig) -> Iterator[StorageFile]:
+    """In ``directory``. Raises ConfigError when that cannot take it, or when it cannot be read."""
     try:
         with tempfile.TemporaryFile(dir=directory) as file:
-            _fill(file.fileno(), config.storage_bytes)
-            return _measure(file.fileno(), config, advance)
+            fd = file.fileno()
+            _fill(fd, config.storage_bytes)
+            direct_fd = reopen_direct(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            descriptor, direct = (fd, False) if direct_fd is None else (direct_fd, True)
+            try:
+                yield StorageFile(descriptor, config.storage_bytes, direct)
+            finally:
+                if direct_fd is not None:
+                    os.close(direct_fd)
     except OSError as error:
         raise ConfigError(
             f"--directory {directory}: cannot hold {config.storage_bytes >> 20} MiB to read ({error.strerror});"
             " name another place"
         ) from None
+
+
+def measure_storage(directory: Path, config: MeasureConfig, advance: Callable[[], None]) -> StorageSpeed:
+    """Of a temporary file in ``directory``: see ``storage_file`` and ``measure_file``."""
+    with storage_file(directory, config) as file:
+        return measure_file(file, config, advance)
+
+
+def measure_file(file: StorageFile, config: MeasureConfig, advance: Callable[[], None]) -> StorageSpeed:
+    """Random reads of all block sizes and depths; ``advance`` is called after each of these measurements."""
+    rates = {}
+    for block in config.block_bytes:
+        for depth in config.depths:
+            blocks = file.nbytes // block
+            rates[block, depth] = read_rate(file.descriptor, block, blocks, depth, config.storage_seconds)
+            advance()
+    return StorageSpeed(rates, file.direct)
 
 
 def fit_storage(rates: dict[tuple[int, int], float], slack: float) -> StorageModel:
@@ -80,27 +112,6 @@ def _fill(fd: int, nbytes: int) -> None:
     for at in range(0, nbytes, _FILL):
         write_all(fd, rng.bytes(min(_FILL, nbytes - at)))
     os.fsync(fd)
-
-
-def _measure(fd: int, config: MeasureConfig, advance: Callable[[], None]) -> StorageSpeed:
-    direct_fd = reopen_direct(fd)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    rates = {}
-    try:
-        for block in config.block_bytes:
-            for depth in config.depths:
-                rates[block, depth] = read_rate(
-                    fd if direct_fd is None else direct_fd,
-                    block,
-                    config.storage_bytes // block,
-                    depth,
-                    config.storage_seconds,
-                )
-                advance()
-    finally:
-        if direct_fd is not None:
-            os.close(direct_fd)
-    return StorageSpeed(rates, direct=direct_fd is not None)
 
 
 def reopen_direct(fd: int) -> int | None:

@@ -57,7 +57,7 @@ def _table(found: Sequence[Agreement]) -> Table:
 
     table = Table(title="Tokens/s of the engine, and of its simulation", title_justify="left")
     table.add_column("policy", no_wrap=True)
-    for column in ("host", "draft", "K", "measured", "simulated", "error", "hits", "sim. hits"):
+    for column in ("host", "draft", "K", "engine", "sim.", "error", "hits", "sim."):
         table.add_column(column, justify="right")
     for each in found:
         case = each.case

@@ -64,10 +64,14 @@ def _figures(measured: Measurement, hardware: HardwareProfile) -> Table:
     )
     reads = "direct" if measured.storage.direct else "buffered: no direct reads here"
     table.add_row(f"storage, reads in flight: {hardware.storage_depth}", f"{storage} ({reads})")
+    table.add_row("its reads beside experts", f"{-hardware.storage_slowdown:.0%}")
+    table.add_row("experts beside reads", f"{-hardware.expert_slowdown:.0%}")
     table.add_row("arithmetic of experts", f"{hardware.host_flops / 1e9:.0f} G operations/s")
     table.add_row("overhead of an expert", f"{hardware.host_expert_overhead * 1e6:.0f} us")
     table.add_row("overhead of a layer", f"{hardware.layer_overhead * 1e6:.0f} us")
     table.add_row("deciding, a layer", f"{hardware.decide_overhead * 1e6:.0f} us")
+    table.add_row("a cache, a layer", f"{hardware.cache_overhead * 1e6:.0f} us")
+    table.add_row("asking, a layer", f"{hardware.ask_overhead * 1e6:.0f} us")
     cuda = measured.cuda
     if cuda is None:
         table.add_row("accelerator", "none")

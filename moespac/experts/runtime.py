@@ -20,7 +20,7 @@ from moespac.experts.kernels.passes import Computed, HostExperts, PassOrder
 from moespac.experts.resident import ResidentExperts
 from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
-from moespac.policy.base import Policy, Sensor
+from moespac.policy.base import CacheRetention, PassRetention, Policy, Sensor
 from moespac.policy.cost import TABLE, MeasuredCosts
 from moespac.policy.foresight import Foresight
 from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
@@ -192,17 +192,22 @@ class ExpertRuntime:
         """Where experts are that a layer may use without asking; None while the policy wants to see each layer."""
         if self.memory.accelerator is not None:
             return None
-        passes = self.policy.lets_hits_pass and not self._asks_next_gate
-        return self._host_experts if passes or self.memory.all_at_hand else None
+        unseen = self.policy.lets_hits_pass and not self._asks_next_gate
+        return self._host_experts if unseen or self.memory.all_at_hand or self._pass_retention() else None
 
     def pass_order(self) -> PassOrder | None:
         """What makes way for experts that a layer misses, so that it need not ask; None where it must."""
+        retention = self._pass_retention()
+        if retention is None:
+            return None
+        foresight = retention.foresight if isinstance(retention, PassRetention) else None
+        return PassOrder(retention, self._native_foresight(foresight))
+
+    def _pass_retention(self) -> PassRetention | CacheRetention | None:
+        """What the policy says of it, where native code keeps the books."""
         if not isinstance(self.memory, NativeMemory) or self.memory.all_at_hand:
             return None
-        retention = self.policy.pass_retention()
-        return (
-            None if retention is None else PassOrder(retention, self._native_foresight(retention.foresight))
-        )
+        return self.policy.pass_retention()
 
     def _native_foresight(self, known: Foresight | None) -> NativeForesight | None:
         """One for all passes under a policy."""
@@ -229,6 +234,8 @@ class ExpertRuntime:
 
     def _account(self, computed: Computed, began: float) -> None:
         """For their routing, their time, and what they found."""
+        if not self.memory.all_at_hand:
+            self.policy.ran(len(self._routing), computed.index)
         self._routing.extend(computed.index)
         if self.recorder is not None:
             self._weights.extend(computed.shares)

@@ -7,7 +7,7 @@ A decode step calls, in this order, all from one thread:
     learn()                              once the plan's transfers are on their way
     for each MoE layer, when its router has fired:
         foresee_layer(layer + 1, counts)     the next gate's guess, for policies with Sensor.NEXT_GATE
-        placement(layer, counts, residency)  place(), unless that may be left out
+        placement(layer, counts, residency)  place(), unless that may be left out; or, later, ran()
         retention(tier, layer)               whenever a slot is needed: the lowest value is evicted
     observe(observation)                 after verification, acceptance is known
 """
@@ -66,6 +66,14 @@ class Turns(NamedTuple):
     first: int
 
 
+class CacheRetention(NamedTuple):
+    """The same of a cache that only uses change: an expert is worth ``value`` until its layer routes to it, and
+    ``once_used`` from then on; (layers * experts,) both, the caller's own."""
+
+    value: NDArray[np.float64]
+    once_used: NDArray[np.float64]
+
+
 class Policy(ABC):
     """Decides which experts are where, and who computes them. Never touches a tensor, a clock or a thread."""
 
@@ -114,10 +122,14 @@ class Policy(ABC):
         """``retention`` without putting it together, for who needs few of its values. None: ask that."""
         return None
 
-    def pass_retention(self) -> PassRetention | None:
+    def pass_retention(self) -> PassRetention | CacheRetention | None:
         """What ``retention`` will say of host memory in the pass to come, whatever its layers show. None: it does
         not know, or there is more to ask in a layer than what makes way; then each layer asks."""
         return None
+
+    def ran(self, layer: int, routing: NDArray[np.int64]) -> None:
+        """Layers from ``layer`` on have run as ``pass_retention`` said, in place of ``place``: (layers, T, k) whom
+        they routed to, -1 for nobody. By default there is nothing to learn of it before ``observe``."""
 
     def observe(self, observation: Observation) -> None:
         """Learn from a completed pass. By default nothing."""

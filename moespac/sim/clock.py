@@ -4,6 +4,8 @@ other work down. simpy keeps the time and what is to come.
 
 from __future__ import annotations
 
+import heapq
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -68,6 +70,51 @@ class VirtualBell:
         """Let time pass until it has rung more than ``count`` times."""
         while self._rings <= count:
             self._clock.step()
+
+
+class PacedClock:
+    """The time of one who is slowed down now and then: it passes at ``pace`` of the world's."""
+
+    def __init__(self, world: VirtualClock) -> None:
+        self.world = world
+        self._pace = 1.0
+        self._then = self._since = world.now()  # its own time and the world's, when the pace changed
+        self._due: list[tuple[float, int, Action]] = []  # a heap, by its own time
+        self._order = itertools.count()
+        self._changes = 0
+
+    def now(self) -> float:
+        return self._then + (self.world.now() - self._since) * self._pace
+
+    def after(self, seconds: float, action: Action) -> None:
+        """Have ``action`` called in ``seconds`` of its own."""
+        heapq.heappush(self._due, (self.now() + seconds, next(self._order), action))
+        self._foresee()
+
+    @property
+    def pace(self) -> float:
+        return self._pace
+
+    @pace.setter
+    def pace(self, pace: float) -> None:
+        if pace != self._pace:
+            self._then, self._since = self.now(), self.world.now()
+            self._pace = pace
+            self._foresee()
+
+    def _foresee(self) -> None:
+        """When the next is due, in the world's time."""
+        self._changes += 1
+        if self._due:
+            seconds = max(self._due[0][0] - self.now(), 0.0) / self._pace
+            self.world.after(seconds, partial(self._happen, self._changes))
+
+    def _happen(self, foreseen_at: int) -> None:
+        if foreseen_at != self._changes:
+            return  # the pace has changed since, or another was put before it
+        _, _, action = heapq.heappop(self._due)
+        self._foresee()
+        action()
 
 
 @dataclass(eq=False)

@@ -26,11 +26,16 @@ _MAY_BE_ZERO = (
     "host_expert_overhead",
     "layer_overhead",
     "decide_overhead",
+    "cache_overhead",
+    "ask_overhead",
     "storage_latency",
+    "storage_slowdown",
+    "expert_slowdown",
     "accelerator_memory",
     "accelerator_launch",
     "link_latency",
 )
+_BELOW_ONE = ("storage_slowdown", "expert_slowdown")
 _KINDS: dict[str, Any] = {"str": str, "bool": bool, "int": int, "float": (int, float)}
 
 
@@ -57,15 +62,17 @@ class HardwareProfile:
     storage_bandwidth: float  # of random reads of whole records at ``storage_depth``
     storage_latency: float  # of a read before its bytes flow; reads in flight together wait for it together
     storage_depth: int  # reads in flight that reach the bandwidth; more do not help
+    storage_slowdown: float = 0.0  # share of its speed that it loses while the host computes experts ...
+    expert_slowdown: float = 0.0  # ... and they while it is read; both where no accelerator holds experts
     accelerator_memory: int = 0  # 0: there is none
     accelerator_bandwidth: float = 0.0
     accelerator_flops: float = 0.0
     accelerator_launch: float = 0.0  # of each expert on the accelerator
     link_bandwidth: float = 0.0  # pinned host memory to accelerator
     link_latency: float = 0.0
-    decide_overhead: float = (
-        0.0  # of each layer and pass, beyond that, while memory lacks experts: planning them
-    )
+    decide_overhead: float = 0.0  # beyond that while memory lacks experts: where a policy plans each pass ...
+    cache_overhead: float = 0.0  # ... where, without an accelerator, it is a cache that only uses change ...
+    ask_overhead: float = 0.0  # ... and where, without an accelerator, each layer asks it
     link_shares_host_memory: bool = True  # a copy reads the very memory that the CPU's experts read
     host_seconds_per_weight: Mapping[str, Curve] = field(default_factory=dict)  # measured, by record format
     sources: Mapping[str, str] = field(default_factory=dict)  # where each figure comes from
@@ -173,6 +180,8 @@ class HardwareProfile:
             return False
         if kind in ("str", "bool"):
             return True
+        if name in _BELOW_ONE and value >= 1:
+            return False
         absent = name.startswith(("accelerator_", "link_")) and not self.has_accelerator
         return math.isfinite(value) and (value > 0 or (value == 0 and (absent or name in _MAY_BE_ZERO)))
 

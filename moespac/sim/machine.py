@@ -3,11 +3,12 @@ runs over it.
 
 - Storage, as the engine chooses (``engine.build``): with an accelerator ``MemoryConfig.readers`` reads at once;
   each waits the latency, then all that are in flight share the bandwidth. Without one, one after the other in
-  stripes (``sim.reads``); that the engine has its native kernel is assumed.
+  stripes (``sim.reads``), and reads and the host's experts slow each other down as the profile says; that the
+  engine has its native kernel is assumed.
 - Link: one copy at a time.
 - Host: one expert at a time, on all cores, in the deciding thread, as the engine does it.
-- The host's memory is shared by the host's experts and the copies that read from it; reads from storage write to
-  it too, at a rate that is small beside it and left out.
+- The host's memory is shared by the host's experts and the copies that read from it; with an accelerator, what
+  reads from storage take of it is left out.
 - Accelerator: one job after the other.
 """
 
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from moespac.config import MemoryConfig
 from moespac.schedule.ports import Mover
-from moespac.sim.clock import Action, SharedResource, VirtualBell, VirtualClock
+from moespac.sim.clock import Action, PacedClock, SharedResource, VirtualBell, VirtualClock
 from moespac.sim.hardware import HardwareProfile
 from moespac.sim.reads import StripedReads
 from moespac.sim.shapes import SimModel
@@ -52,13 +53,16 @@ class Machine:
         self._host_memory = SharedResource(clock, self._memory_speed)
         self._storage = SharedResource(clock, lambda user, users: 1 / len(users))
         self._rates = hardware.rates_together()
+        self._alone = host_only and config.asynchronous  # the host's experts and reads, with no copies
+        self._host_time, self._disk_time = PacedClock(clock), PacedClock(clock)
 
         readers = config.readers if config.asynchronous else 0
         single = 1 if config.asynchronous else 0
         self.reader: Mover
-        if host_only and config.asynchronous:
+        if self._alone:
+            time = self._disk_time
             self.reader = StripedReads(
-                hardware, model.expert_bytes, model.experts, config, clock, bell, record
+                hardware, model.expert_bytes, model.experts, config, time, bell, record, self._disk_turned
             )
         else:
             workers = VirtualWorkers(STORAGE, readers, clock, bell, record)
@@ -72,7 +76,15 @@ class Machine:
 
     def run_on_host(self, seconds: float) -> float:
         """One expert that takes ``seconds`` while it has the host's memory to itself; returns what it takes."""
-        return self.clock.wait_for(lambda done: self._host_memory.work(_HOST, seconds, done))
+        if not self._alone:
+            return self.clock.wait_for(lambda done: self._host_memory.work(_HOST, seconds, done))
+        self._disk_time.pace = 1 - self._hardware.storage_slowdown
+        spent = self.clock.wait_for(lambda done: self._host_time.after(seconds, done))
+        self._disk_time.pace = 1.0
+        return spent
+
+    def _disk_turned(self, works: bool) -> None:
+        self._host_time.pace = 1 - self._hardware.expert_slowdown if works else 1.0
 
     def _read(self, done: Action) -> None:
         latency = self._hardware.storage_latency

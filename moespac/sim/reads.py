@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable
 
 from moespac.config import MemoryConfig
-from moespac.sim.clock import VirtualBell, VirtualClock
+from moespac.sim.clock import PacedClock, VirtualBell
 from moespac.sim.hardware import HardwareProfile
 from moespac.timeline import STORAGE, Record, expert_name
 
@@ -32,7 +32,7 @@ class StripedRead:
         self.speculative = speculative
         self.turn = turn  # first come, first served
         self.begun = 0  # stripes
-        self.start = 0.0
+        self.start = 0.0  # as ``seconds``, in the world's time
         self.lane = 0
         self.done = False
         self.error: Exception | None = None
@@ -98,16 +98,19 @@ class StripedReads:
         record_bytes: int,
         experts: int,
         config: MemoryConfig,
-        clock: VirtualClock,
+        clock: PacedClock,
         bell: VirtualBell,
         record: Record,
+        turned: Callable[[bool], None],
     ) -> None:
-        """``experts`` in a layer; ``record`` is told each read, from its first stripe to its last."""
+        """``experts`` in a layer; ``clock`` is the disk's, which others may slow down. ``record`` is told each
+        read, from its first stripe to its last, and ``turned`` whether the disk is at work now."""
         self._experts = experts
         self._config = config
         self._clock = clock
         self._bell = bell
         self._record = record
+        self._turned = turned
         self._stripes = math.ceil(record_bytes / config.stripe_bytes)  # of a record
         last = record_bytes - (self._stripes - 1) * config.stripe_bytes
         self._latency = hardware.storage_latency
@@ -118,7 +121,7 @@ class StripedReads:
         self._runs: deque[_Run] = deque()  # as the disk serves them
         self._free_at = 0.0  # the disk
         self._lanes = list(range(config.readers, 0, -1))
-        self._latest = 0.0  # when a read was complete
+        self._latest = 0.0  # when a read was complete, in the world's time
 
     def move(self, expert: int, slot: int, source_slot: int | None, speculative: bool) -> StripedRead:
         read = StripedRead(expert_name(expert, self._experts), speculative, next(self._turns), self._hurry)
@@ -162,7 +165,7 @@ class StripedReads:
             if readers <= 0 or (read.speculative and ahead <= 0):
                 return
             if not read.begun:
-                read.start, read.lane = now, self._lanes.pop()
+                read.start, read.lane = self._clock.world.now(), self._lanes.pop()
             self._waiting.remove(read)
             self._run(read, now)
 
@@ -173,6 +176,7 @@ class StripedReads:
         run = _Run(read, begin, period, self._each, self._last, count)
         read.begun += count
         self._runs.append(run)
+        self._turned(True)
         self._free_at = run.end(count - 1)
         self._watch(run, now)
 
@@ -200,10 +204,12 @@ class StripedReads:
         while self._runs and self._runs[0].complete(now) == self._runs[0].count:
             read = self._runs.popleft().read
             if read.begun == self._stripes and all(run.read is not read for run in self._runs):
-                self._complete(read, now)
+                self._complete(read)
         self._take()
+        self._turned(bool(self._runs))
 
-    def _complete(self, read: StripedRead, now: float) -> None:
+    def _complete(self, read: StripedRead) -> None:
+        now = self._clock.world.now()
         read.seconds = now - max(self._latest, read.start)
         read.done = True
         self._latest = now

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from moespac.config import EngineConfig, PolicyConfig, SimulationConfig
 from moespac.errors import ConfigError
-from moespac.policy.base import Policy, Sensor
+from moespac.policy.base import CacheRetention, Policy, Sensor
 from moespac.policy.baselines.belady import BeladyPolicy
 from moespac.policy.cost import CostModel
 from moespac.policy.planner import MoeSpacPolicy
@@ -260,7 +260,7 @@ class Simulation:
         trunk = self._setting.hardware.trunk_seconds(
             self._setting.model, tokens, on_accelerator=self._setting.hardware.has_accelerator
         )
-        decide = 0.0 if self._memory.all_at_hand else self._setting.hardware.decide_overhead
+        decide = 0.0 if self._memory.all_at_hand else self._decide_overhead()
         for layer in range(self._shape.layers):
             if decide:
                 with self._clock.measure("decide"):
@@ -268,6 +268,16 @@ class Simulation:
             with self._clock.measure("trunk", f"layer {layer}"):
                 self._machine.run_dense(trunk / self._shape.layers)
                 self._run_experts(layer, seen)
+
+    def _decide_overhead(self) -> float:
+        """By how the engine would run the layers of this pass."""
+        hardware = self._setting.hardware
+        if self._setting.capacity.accelerator:
+            return hardware.decide_overhead
+        retention = self._policy.pass_retention()
+        if retention is None:
+            return hardware.ask_overhead
+        return hardware.cache_overhead if isinstance(retention, CacheRetention) else hardware.decide_overhead
 
     def _run_experts(self, layer: int, seen: Observation) -> None:
         """What ``ExpertRuntime.forward`` does when a layer's router has fired."""

@@ -12,10 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from moespac.bench import storage_probe
+from moespac.bench.beside_probe import Slowdowns, measure_slowdowns
 from moespac.bench.compute_probe import ExpertProbe, expert_overhead, host_expert_seconds, memory_bandwidth
 from moespac.bench.cuda_probe import CudaSpeed, measure_cuda
 from moespac.bench.machine import Measurement, to_profile
-from moespac.bench.storage_probe import StorageSpeed, fit_storage, measure_storage
+from moespac.bench.overhead_probe import Overheads
+from moespac.bench.storage_probe import StorageSpeed, fit_storage, measure_storage, storage_file
 from moespac.cli import app
 from moespac.config import MeasureConfig
 from moespac.errors import ConfigError
@@ -25,7 +27,7 @@ from moespac.sim.shapes import model_from_config
 
 TINY = MeasureConfig(
     memory_bytes=1 << 20,
-    storage_bytes=1 << 20,
+    storage_bytes=4 << 20,
     storage_seconds=0.01,
     block_bytes=(1 << 16, 1 << 18),
     depths=(1, 2),
@@ -33,16 +35,19 @@ TINY = MeasureConfig(
     expert_width=32,
     expert_tokens=(1, 4),
     records_bytes=1 << 18,
+    beside_seconds=0.02,
+    beside_turns=2,
     repeats=2,
     decode_tokens=3,
+    overhead_width=1,
 )
 MEASURED = Measurement(
     memory={1: 10e9, 2: 16e9},
     storage=StorageSpeed({(1 << 20, 1): 0.5e9, (1 << 20, 4): 1e9}, direct=True),
     experts={"f32": {1: 1e-4, 4: 2e-4}, "bf16": {1: 3e-4, 4: 2e-4}},
     expert_overhead=2e-5,
-    layer_overhead=3e-4,
-    decide_overhead=1e-4,
+    overheads=Overheads(layer=3e-4, decide=1e-4, cache=5e-5, ask=2e-4),
+    slowdowns=Slowdowns(storage=0.25, experts=0.125),
     cuda=None,
 )
 CUDA = CudaSpeed("a GPU", 8 << 30, 4e11, 1e13, 2e-5, 2e10, 1e-5, 5e9)
@@ -59,7 +64,8 @@ def test_a_profile_is_what_was_measured() -> None:
     assert profile.host_bandwidth == 16e9
     assert profile.host_flops == pytest.approx(2 * 4 * weights / 2e-4)
     assert (profile.host_expert_overhead, profile.layer_overhead) == (2e-5, 3e-4)
-    assert profile.decide_overhead == 1e-4
+    assert (profile.decide_overhead, profile.cache_overhead, profile.ask_overhead) == (1e-4, 5e-5, 2e-4)
+    assert (profile.storage_slowdown, profile.expert_slowdown) == (0.25, 0.125)
     assert (profile.storage_bandwidth, profile.storage_depth) == (1e9, 4)
     assert all("measured on this machine" in text for text in profile.sources.values())
     assert {"host_memory", "storage_latency", "host_seconds_per_weight"} <= set(profile.sources)
@@ -153,17 +159,28 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(storage_probe, "write_all", full)
-    with pytest.raises(ConfigError, match=r"cannot hold 1 MiB .*No space left.* name another place"):
+    with pytest.raises(ConfigError, match=r"cannot hold 4 MiB .*No space left.* name another place"):
         measure_storage(tmp_path, TINY, nothing)
 
 
-def test_expert_records_take_turns() -> None:
+def test_experts_and_reads_cost_each_other_a_share(tmp_path: Path) -> None:
+    with storage_file(tmp_path, TINY) as file:
+        found = measure_slowdowns(file, TINY)
+    assert 0 <= found.storage < 1 and 0 <= found.experts < 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_expert_records_take_turns(each: int) -> None:
     """More of them than a cache holds, all equal: the same answer from each."""
-    probe = ExpertProbe(64, 32, "int8", nbytes=50_000)
+    probe = ExpertProbe(64, 32, "int8", nbytes=50_000, each=each)
     x = torch.ones(2, 64)
-    first = probe.run(x)
+    first = probe.run(x).clone()
     assert first.shape == (2, 64) and first.abs().sum() > 0
-    assert len({next(probe._turns) for _ in range(20)}) == probe._records.shape[0] == -(-50_000 // 8192)
+    turns = [tuple(next(probe._turns)) for _ in range(20)]
+    assert sorted({slot for turn in turns for slot in turn}) == list(range(probe._records.shape[0]))
+    assert all(len(turn) == probe.together for turn in turns)
+    assert 0 <= probe._records.shape[0] - -(-50_000 // 8192) < probe.together
     assert torch.equal(probe.run(x), first)
 
 

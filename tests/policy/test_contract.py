@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moespac.config import PolicyConfig
-from moespac.policy.base import Policy, Sensor
+from moespac.policy.base import CacheRetention, Policy, Sensor
 from moespac.policy.registry import SIMULATOR_POLICIES, make_policy
 from moespac.types import Capacity, Observation, Placement, Plan, Residency, Window
 from tests.policy.small import SHAPE, residency, routing
@@ -73,6 +73,40 @@ def test_the_next_plan_does_not_know_what_was_put_off(name: str, capacity: Capac
             policy.observe(Observation(window, routed, accepted=drafted // 2))
     half = len(decided) // 2
     assert decided[:half] == decided[half:]
+
+
+CACHES = ("lru", "lfu", "freetoken", "llama.cpp", "llama.cpp+sd", "ktransformers", "fiddler")
+
+
+@pytest.mark.parametrize("name", SIMULATOR_POLICIES)
+def test_a_cache_that_only_uses_change_knows_the_pass_before_it(name: str) -> None:
+    """Its values, asked once, order all experts in each layer as those of its twin, who is asked in each."""
+    rng = np.random.default_rng(11)
+    capacity = Capacity(9)
+    asked, ahead = (make_policy(name, SHAPE, capacity, PolicyConfig(), simulated=True) for _ in range(2))
+    known = ahead.pass_retention()
+    assert isinstance(known, CacheRetention) == (name in CACHES)
+    if not isinstance(known, CacheRetention):
+        return
+    for size in (40, 1, 5, 1, 2, 300, 1, 1, 9, 3) * 3:
+        routed, now = routing(size, rng), residency(capacity, rng)
+        routed[:, rng.random(size) < 0.1] = -1
+        known = ahead.pass_retention()
+        assert isinstance(known, CacheRetention)
+        for layer, counts in enumerate(_window_counts(routed)):
+            used = asked.place(layer, counts, now).host
+            known.value[used] = known.once_used[used]
+            assert (_order(known.value) == _order(asked.retention("host", layer))).all()
+        ahead.ran(0, routed[:1])
+        ahead.ran(1, routed[1:])
+        for policy in (asked, ahead):
+            policy.observe(Observation(Window(np.zeros(size, np.int64), size - 1), routed, accepted=0))
+        assert (ahead.retention("host", -1) == asked.retention("host", -1)).all()
+    assert not make_policy(name, SHAPE, Capacity(9, 4), PolicyConfig()).pass_retention()
+
+
+def _order(values: np.ndarray) -> np.ndarray:
+    return np.unique(values, return_inverse=True)[1]
 
 
 def _plan(policy: Policy, window: Window, counts: np.ndarray, now: Residency) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moespac.sim.clock import SharedResource, VirtualBell, VirtualClock
+from moespac.sim.clock import PacedClock, SharedResource, VirtualBell, VirtualClock
 from moespac.sim.workers import VirtualWorkers
 from moespac.timeline import Timeline
 
@@ -44,6 +44,22 @@ def test_two_share_equally_and_the_rest_goes_on_alone() -> None:
     clock.sleep(100.0)
     # alone until 4 (6 s left), then both at half speed until the short one has had its 2 s at 8 (4 s left)
     assert ends == {"short": pytest.approx(8.0), "long": pytest.approx(12.0)}
+
+
+def test_a_slow_pace_makes_the_world_wait() -> None:
+    world = VirtualClock()
+    clock, seen = PacedClock(world), {}
+    clock.after(4.0, lambda: seen.setdefault("late", (world.now(), clock.now())))
+    clock.after(2.0, lambda: seen.setdefault("soon", (world.now(), clock.now())))
+    world.after(1.0, lambda: setattr(clock, "pace", 0.25))
+    world.after(7.0, lambda: setattr(clock, "pace", 1.0))
+    world.sleep(20.0)
+    # 1 s, then 6 s at a quarter; so at 7 it is 2.5 there
+    assert seen == {
+        "soon": (pytest.approx(5.0), pytest.approx(2.0)),
+        "late": (pytest.approx(8.5), pytest.approx(4.0)),
+    }
+    assert clock.now() == pytest.approx(15.5) and clock.pace == 1.0
 
 
 def test_demands_go_first_and_a_hurried_job_is_one() -> None:

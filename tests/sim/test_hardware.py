@@ -147,6 +147,8 @@ def test_a_throughput_that_cannot_be_is_not_fitted(tps: float, resident: float) 
         ("host_bandwidth", True),
         ("host_flops", float("inf")),
         ("layer_overhead", -1e-6),
+        ("storage_slowdown", 1.0),
+        ("expert_slowdown", -0.1),
         ("storage_depth", 0),
         ("storage_depth", 1.5),
         ("accelerator_bandwidth", 0.0),
@@ -163,7 +165,7 @@ def test_impossible_figures(field: str, value: Any) -> None:
 
 def test_what_may_cost_nothing_may_be_zero() -> None:
     free = ("host_expert_overhead", "layer_overhead", "storage_latency", "accelerator_launch", "link_latency")
-    free += ("decide_overhead",)
+    free += ("decide_overhead", "cache_overhead", "ask_overhead", "storage_slowdown", "expert_slowdown")
     replace(MACHINE, **dict.fromkeys(free, 0.0))
 
 

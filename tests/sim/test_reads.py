@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moespac.config import MemoryConfig
-from moespac.sim.clock import VirtualBell, VirtualClock
+from moespac.sim.clock import PacedClock, VirtualBell, VirtualClock
 from moespac.sim.reads import StripedRead, StripedReads
 from moespac.timeline import Timeline
 from tests.sim.small import MACHINE
@@ -25,12 +25,18 @@ class Disk:
 
     def __init__(self, record_bytes: int = 4 * STRIPE, latency: float = 0.0, config: MemoryConfig = CONFIG):
         self.clock, self.timeline = VirtualClock(), Timeline()
+        self.time = PacedClock(self.clock)
+        self.turns: list[tuple[float, bool]] = []  # of the disk: when, and whether to work
         self.bell = VirtualBell(self.clock)
         hardware = replace(DISK, storage_latency=latency)
         self.reads = StripedReads(
-            hardware, record_bytes, 100, config, self.clock, self.bell, self.timeline.record
+            hardware, record_bytes, 100, config, self.time, self.bell, self.timeline.record, self._turn
         )
         self.tickets: dict[int, StripedRead] = {}
+
+    def _turn(self, works: bool) -> None:
+        if works != (bool(self.turns) and self.turns[-1][1]):
+            self.turns.append((round(self.clock.now(), 6), works))
 
     def ask(self, expert: int, at: float, speculative: bool = False) -> None:
         def begin() -> None:

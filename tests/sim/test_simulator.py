@@ -105,17 +105,37 @@ def test_a_pass_by_hand() -> None:
     assert result.link_bytes == 200 and result.hit_rate == 0.0
 
 
-def test_deciding_takes_its_time_while_memory_lacks_experts() -> None:
+@pytest.mark.parametrize(
+    ("policy", "overhead"),
+    [("moe-spac", "decide_overhead"), ("lru", "cache_overhead"), ("arc", "ask_overhead")],
+)
+def test_deciding_takes_its_time_while_memory_lacks_experts(policy: str, overhead: str) -> None:
     trace = random_trace(12)
     for host in (MODEL.layers * MODEL.experts, 3):
         spent = [
-            simulate(trace, "lru", Setting(machine, MODEL, Capacity(host), window=0)).seconds
-            for machine in (HOST_ONLY, replace(HOST_ONLY, decide_overhead=0.5))
+            simulate(trace, policy, Setting(machine, MODEL, Capacity(host), window=0)).seconds
+            for machine in (HOST_ONLY, replace(HOST_ONLY, **{overhead: 0.5}))
         ]
         passes = 12 - 6  # half of a short text is its prompt
         expected = 0 if host > 3 else passes * MODEL.layers * 0.5
         assert spent[1].get("decide", 0) == pytest.approx(expected)
         assert spent[1]["total"] >= spent[0]["total"] + expected / 2  # reads go on meanwhile
+
+
+def test_reads_and_the_hosts_experts_slow_each_other_down() -> None:
+    """Experts 0 and 1 are there, 2 is read: 2 s of latency and 2 s of bytes, beside 2 s of experts at half speed.
+    Those take 4 s, in which the disk, at a quarter of its speed, comes to 1 s of 4; the last expert is alone."""
+    hardware = replace(HOST_ONLY, storage_slowdown=0.75, expert_slowdown=0.5)
+    model = replace(MODEL, layers=1, top_k=3)
+    trace = decoded([[[[0, 1, 0]], [[0, 1, 2]]]])
+    timeline = Timeline()
+    setting = Setting(hardware, model, Capacity(4), window=0, warm=False)
+    policy = Scripted(setting.capacity, [Placement(ids(0, 1)), Placement(ids(0, 1, 2))])
+    seconds = run(policy, trace, setting, [0], timeline.record).seconds
+    assert seconds["host_experts"] == pytest.approx(4.0 + 1.0)
+    assert seconds["wait_for_experts"] == pytest.approx(3.0)
+    read = [event for event in timeline.events if event.name == "0.2" and event.lane.startswith("storage")]
+    assert read[0].duration == pytest.approx(7.0)
 
 
 def test_a_copy_and_the_host_share_memory() -> None:

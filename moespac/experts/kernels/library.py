@@ -106,7 +106,7 @@ class Order(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("ran", "to_come")),
         ("runs", ctypes.c_double),
-        ("foresight", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("foresight", "value", "once_used")),
     ]
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from moespac.experts.kernels.host import HostKernel
 from moespac.experts.kernels.library import Experts, Order, PassModel, Run
-from moespac.policy.base import PassRetention
+from moespac.policy.base import CacheRetention, PassRetention
 
 if TYPE_CHECKING:
     from moespac.experts.kernels.foresight import NativeForesight
@@ -46,13 +46,19 @@ class HostExperts:
 
 
 class PassOrder:
-    """``PassRetention``, for the library."""
+    """A policy's ``pass_retention``, for the library."""
 
-    def __init__(self, retention: PassRetention, foresight: NativeForesight | None) -> None:
+    def __init__(
+        self, retention: PassRetention | CacheRetention, foresight: NativeForesight | None = None
+    ) -> None:
         """``foresight``: what ``retention`` says of it, for passes over this model."""
         self._held = retention, foresight
-        ran, to_come = (value.ctypes.data for value in (retention.ran, retention.to_come))
-        self._order = Order(ran, to_come, retention.runs, foresight.begin() if foresight else None)
+        if isinstance(retention, CacheRetention):
+            value, once_used = (part.ctypes.data for part in retention)
+            self._order = Order(value=value, once_used=once_used)
+        else:
+            ran, to_come = (value.ctypes.data for value in (retention.ran, retention.to_come))
+            self._order = Order(ran, to_come, retention.runs, foresight.begin() if foresight else None)
 
     @property
     def address(self) -> int:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from moespac.config import PolicyConfig
-from moespac.policy.base import Counts, Policy, TierName
-from moespac.policy.baselines.order import Active, Order, Values
+from moespac.policy.base import CacheRetention, Counts, Policy, TierName
+from moespac.policy.baselines.demand import used_in
+from moespac.policy.baselines.order import Active, Order, UseOrder, Values
 from moespac.policy.cost import CostModel
 from moespac.types import NO_IDS, Capacity, Ids, ModelShape, Placement, Plan, Residency, Window
 
@@ -20,6 +22,8 @@ class CachePolicy(Policy):
     Experts that were foreseen are prefetched, and kept before all others until their layer has run. A miss is
     loaded and computed on the accelerator, after what is there, unless ``_dispatch`` says otherwise.
     """
+
+    on_demand: ClassVar[bool] = False  # nothing is ever foreseen, and the order is a ``UseOrder``
 
     def __init__(self, shape: ModelShape, capacity: Capacity, costs: CostModel, config: PolicyConfig) -> None:
         super().__init__(shape, capacity, costs)
@@ -50,6 +54,21 @@ class CachePolicy(Policy):
         values = self._orders[tier].values()
         values[self._foreseen] += values.max() + 1
         return values
+
+    def pass_retention(self) -> CacheRetention | None:
+        if not self.on_demand or self.capacity.accelerator:
+            return None
+        order = self._use_order
+        return CacheRetention(order.values(), order.once_used())
+
+    def ran(self, layer: int, routing: NDArray[np.int64]) -> None:
+        self._use_order.use_all(used_in(layer, routing, self.shape))
+
+    @property
+    def _use_order(self) -> UseOrder:
+        order = self._orders["host"]
+        assert isinstance(order, UseOrder)
+        return order
 
     @abstractmethod
     def _order(self, slots: int) -> Order:

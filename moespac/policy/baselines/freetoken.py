@@ -19,6 +19,7 @@ class FreeTokenPolicy(CachePolicy):
     """
 
     name = "freetoken"
+    on_demand = True
     speculates = False
 
     def _order(self, slots: int) -> Order:

@@ -6,6 +6,7 @@ import numpy as np
 
 from moespac.policy.baselines.order import Active, Order, Recency, Values
 from moespac.policy.baselines.textbook import TextbookPolicy
+from moespac.types import Ids
 
 
 class Frequency:
@@ -20,18 +21,29 @@ class Frequency:
         self._recency = Recency(total)
 
     def use(self, active: Active) -> None:
-        self._uses[active.ids] += 1
-        self._recency.use(active)
+        self.use_all(active.ids)
+
+    def use_all(self, ids: Ids) -> None:
+        self._uses[ids] += 1
+        self._recency.use_all(ids)
 
     def values(self) -> Values:
-        recency = self._recency.values()
-        return self._uses + recency / (recency.max() + 1)
+        return self._uses + self._recency.values() / self._beyond
+
+    def once_used(self) -> Values:
+        return self._uses + 1 + self._recency.once_used() / self._beyond
+
+    @property
+    def _beyond(self) -> float:
+        """More than any recency that ``once_used`` may have."""
+        return float(self._recency.once_used()[-1]) + 1
 
 
 class LfuPolicy(TextbookPolicy):
     """The textbook cache."""
 
     name = "lfu"
+    on_demand = True
 
     def _order(self, slots: int) -> Order:
         return Frequency(self.shape.total)

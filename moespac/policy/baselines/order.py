@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,20 @@ class Order(Protocol):
         ...
 
 
+@runtime_checkable
+class UseOrder(Order, Protocol):
+    """One that is changed by nothing but that an expert is used."""
+
+    def once_used(self) -> Values:
+        """What ``values`` will say of each after it is used, if those with lower ids are used before; as far as
+        the order of all goes."""
+        ...
+
+    def use_all(self, ids: Ids) -> None:
+        """One after the other."""
+        ...
+
+
 class Recency:
     """Least recently used first."""
 
@@ -47,8 +61,14 @@ class Recency:
         self._uses = 0
 
     def use(self, active: Active) -> None:
-        self._last_use[active.ids] = self._uses + 1 + np.arange(len(active.ids))
-        self._uses += len(active.ids)
+        self.use_all(active.ids)
+
+    def use_all(self, ids: Ids) -> None:
+        self._last_use[ids] = self._uses + 1 + np.arange(len(ids))
+        self._uses += len(ids)
 
     def values(self) -> Values:
         return self._last_use.copy()
+
+    def once_used(self) -> Values:
+        return np.arange(self._uses + 1.0, self._uses + 1.0 + len(self._last_use))

@@ -6,7 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.config import PolicyConfig
-from moespac.policy.base import Counts, Policy, TierName
+from moespac.policy.base import CacheRetention, Counts, Policy, TierName
+from moespac.policy.baselines.demand import used_in
 from moespac.policy.baselines.order import Active, Recency, Values
 from moespac.policy.cost import CostModel
 from moespac.types import NO_IDS, Capacity, Grid, Ids, ModelShape, Placement, Plan, Residency, Window
@@ -41,6 +42,17 @@ class StaticPolicy(Policy):
         active = Active(ids, counts[experts], self._is_held[ids])
         self._recency.use(active.missed(residency.host))
         return self._dispatch(active) if self.capacity.accelerator else Placement(ids)
+
+    def pass_retention(self) -> CacheRetention | None:
+        if self.capacity.accelerator:
+            return None
+        value, once_used = self._recency.values(), self._recency.once_used()
+        once_used[self._set] = value[self._set] = value[self._set] + once_used[-1] + 1
+        return CacheRetention(value, once_used)
+
+    def ran(self, layer: int, routing: NDArray[np.int64]) -> None:
+        used = used_in(layer, routing, self.shape)
+        self._recency.use_all(used[~self._is_held[used]])
 
     def retention(self, tier: TierName, layer: int) -> Values:
         values = self._recency.values()

@@ -77,6 +77,9 @@ class VllmOffloadPolicy(StaticPolicy):
             values[self._set] += values.max() + 1
         return values
 
+    def pass_retention(self) -> None:
+        """Layers change it, not uses."""
+
     def _dispatch(self, active: Active) -> Placement:
         return Placement(NO_IDS, active.ids)
 

@@ -19,6 +19,7 @@ static void vacate(HostMemory *memory, int64_t expert) {
 /* Experts of the layer that runs are `first` ... `end` - 1. */
 static double worth(const Order *order, int64_t expert, int64_t first, int64_t end) {
     const Foresight *foresight = order->foresight;
+    if (order->value) return order->value[expert];
     if (expert >= end) return foresight && expert < foresight->end ? foresight->worth[expert] : order->to_come[expert];
     return expert >= first ? order->runs : order->ran[expert];
 }
@@ -89,6 +90,11 @@ EXPORT void moespac_memory_start_layer(HostMemory *memory, int64_t layer, const 
             vacate(memory, expert);
         }
     }
+}
+
+void moespac_memory_use(const Order *order, const int64_t *ids, int64_t n) {
+    if (!order->value) return;
+    for (int64_t i = 0; i < n; i++) order->value[ids[i]] = order->once_used[ids[i]];
 }
 
 /* Of ids[*first] ... ids[end - 1], as many as may be in flight. */

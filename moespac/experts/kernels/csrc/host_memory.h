@@ -23,11 +23,14 @@ typedef struct {
     int64_t landings, room;
 } HostMemory;
 
-/* What it is worth to keep an expert: by whether its layer has run in this pass, runs, or is to come. */
+/* What it is worth to keep an expert: by whether its layer has run in this pass, runs, or is to come; or, of a cache
+ * that only uses change, what is in `value`. */
 typedef struct {
-    const double *ran, *to_come; /* (layers * experts) */
+    const double *ran, *to_come; /* (layers * experts), as all of these */
     double runs;
     Foresight *foresight; /* NULL: routers are not asked early */
+    double *value;        /* NULL: there is no such cache */
+    const double *once_used;
 } Order;
 
 /* Enter the reads that are over in the books. Returns how many failed that a layer waits for. */
@@ -35,6 +38,9 @@ int64_t moespac_memory_settle(HostMemory *memory);
 
 /* While `layer` runs (-1: none), which wants `wanted` (n): drop prefetches that are useless now. */
 void moespac_memory_start_layer(HostMemory *memory, int64_t layer, const int64_t *wanted, int64_t n);
+
+/* These are used now. */
+void moespac_memory_use(const Order *order, const int64_t *ids, int64_t n);
 
 /* Start prefetches, best first, as far as `read_ahead` allows. */
 void moespac_memory_pump(HostMemory *memory, const Order *order, int64_t layer);

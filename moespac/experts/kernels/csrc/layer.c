@@ -177,6 +177,7 @@ int run_experts(const Model *model, const Experts *experts, Run *run) {
         Span *span = &run->spans[run->row];
         *span = (Span){(double)groups.jobs, (double)hits, 0.0, 0.0};
         if (memory && run->order) {
+            moespac_memory_use(run->order, groups.experts, groups.jobs);
             fetch(experts, run, &groups); /* what is late already goes first */
             if (run->order->foresight) look_ahead(model, experts, run);
         }
