@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from moespac.experts.kernels.library import Share as NativeShare
 from moespac.experts.kernels.library import address, known_address, load_library
+from moespac.policy.base import Turns
 from moespac.policy.cost import CostModel, Seconds
-from moespac.schedule.tiers import Tier
+from moespac.schedule.tiers import Tier, native_retention
 from moespac.types import NO_IDS, Ids, Placement, Plan
 
 
@@ -38,6 +39,13 @@ class Taken(NamedTuple):
     accelerator: Share | None
 
 
+class Reserved(NamedTuple):
+    host: Share
+    accelerator: Share  # what is there already
+    copies: list[tuple[int, int, int]]  # experts to be copied, the slot of each, and that in host memory
+    missing: list[int]  # experts for whom there is no slot yet
+
+
 _NO_PLAN = Plan()
 NOTHING = Share(NO_IDS, NO_IDS, NO_IDS, 0)
 
@@ -53,6 +61,7 @@ class AtHand:
         library = load_library()
         self._take = library.moespac_take if library else None
         self._place_and_take = library.moespac_place_and_take if library else None
+        self._take_and_reserve = library.moespac_take_and_reserve if library else None
         self._computed = library.moespac_computed if library else None
         self._devices = len(self._tiers)
         shelves = [tier.shelf_address for tier in self._tiers] + [None]
@@ -108,6 +117,33 @@ class AtHand:
             Share(host, slots[:here], tokens[:here], mine.all_tokens, True) if here else NOTHING,
             Share(accelerator, its_slots[:there], its_tokens[:there], its.all_tokens) if there else NOTHING,
         )
+
+    def take_and_reserve(
+        self, placement: Placement, counts: NDArray[np.int64], first_id: int, retention: Turns
+    ) -> Reserved | None:
+        """Where the host has all that it computes, and what the accelerator misses: what is there is taken, and slots for
+        copies of the others are reserved. None: that is not so, or there is no native code, and nothing is changed."""
+        if self._take_and_reserve is None or self._devices < 2:
+            return None
+        host, accelerator = placement.host, placement.accelerator
+        count = accelerator.size
+        numbers = np.empty((3, count), np.int64)
+        first = address(numbers)
+        mine, its = self._views
+        mine.ids, mine.n = address(host), host.size
+        its.ids, its.n = address(accelerator), count
+        reserved = self._take_and_reserve(
+            *(self._address, known_address(counts), first_id, native_retention(retention)),
+            *(first, first + 8 * count, first + 16 * count),
+        )
+        if reserved < 0:
+            return None
+        there = its.n
+        ids, slots, sources = numbers.tolist()
+        taken = self._taken(Placement(host, numbers[0, :there], _NO_PLAN), Hits(mine.n, there))
+        assert taken.host is not None and taken.accelerator is not None
+        copies = list(zip(ids[there : there + reserved], slots, sources, strict=False))
+        return Reserved(taken.host, taken.accelerator, copies, ids[there + reserved :])
 
     def computed(self, share: Share, seconds: Seconds, costs: CostModel) -> None:
         """The host has computed the ``share`` that was taken last, each expert in so many ``seconds``: that is learned,

@@ -16,7 +16,7 @@ from moespac.policy.base import TierName
 from moespac.policy.cost import CostModel, Seconds
 from moespac.schedule.at_hand import NOTHING, Hits, Share, Taken
 from moespac.schedule.jobs import Jobs
-from moespac.schedule.memory import ExpertMemory, Retention
+from moespac.schedule.memory import ExpertMemory, Retention, turns
 from moespac.schedule.ports import Devices
 from moespac.schedule.stats import PassClock
 from moespac.schedule.tiers import Tier
@@ -137,13 +137,7 @@ class LayerRun:
                 accelerator = NOTHING  # its pins now belong to the job
             memory.pump(retention)
             if host.experts.size:
-                copying = memory.copying
-                seconds = self._run_on_host(host.experts, host.slots)
-                if copying:
-                    self._learn(host.experts, seconds, copying)
-                    memory.host.release_all(host.experts)
-                else:
-                    memory.at_hand.computed(host, seconds, self._costs)
+                self._compute_share(host)
                 host = NOTHING
                 memory.settle()
                 jobs.reap()
@@ -156,6 +150,16 @@ class LayerRun:
                 memory.host.release_all(host.experts)
             if accelerator.experts.size and memory.accelerator is not None:
                 memory.accelerator.release_all(accelerator.experts)
+
+    def _compute_share(self, share: Share) -> None:
+        """The host's; it is released."""
+        copying = self._memory.copying
+        seconds = self._run_on_host(share.experts, share.slots)
+        if copying:
+            self._learn(share.experts, seconds, copying)
+            self._memory.host.release_all(share.experts)
+        else:
+            self._memory.at_hand.computed(share, seconds, self._costs)
 
     # ---- something is missing --------------------------------------------------------------------------
 
@@ -174,6 +178,9 @@ class LayerRun:
         else:
             assert placement.accelerator.size == 0, "no accelerator to compute on"
         try:
+            if device is None or not self._copy_and_compute(placement, host, device, retention):
+                for side in sides.values():
+                    side.sort_out()
             self._run(sides, host, device, retention)
         except BaseException:
             self._jobs.finish()
@@ -183,11 +190,36 @@ class LayerRun:
                 if side.ready:
                     side.tier.release_all(np.array(side.ready))
 
+    def _copy_and_compute(
+        self, placement: Placement, host: Side, device: Side, retention: Retention
+    ) -> bool:
+        """The first turn of ``_run``, in few native calls, where nothing is in flight and copies are all that is missing.
+        False: that is not so, and nothing was done."""
+        memory = self._memory
+        if memory.flying or placement.load.size:
+            return False
+        self._jobs.reap()
+        worth = turns(retention, "accelerator")
+        found = memory.at_hand.take_and_reserve(placement, self._counts, self._first_id, worth)
+        if found is None:
+            return False
+        mine, its, copies, device.missing = found
+        host.ready, device.ready = mine.experts.tolist(), its.experts.tolist()
+        device.flying = {expert for expert, _, _ in copies}
+        memory.copy_all(copies)
+        if device.ready:
+            device.ready = []  # their pins now belong to the job
+            self._launch_job(its.experts, its.slots, its.total)
+        if not device.missing:
+            memory.pump(retention)
+        if host.ready:
+            self._compute_share(mine)
+            host.ready = []
+        return True
+
     def _run(
         self, sides: dict[TierName, Side], host: Side, device: Side | None, retention: Retention
     ) -> None:
-        for side in sides.values():
-            side.sort_out()
         while True:
             seen = self._memory.bell.count()
             for name, expert in self._memory.settle():

@@ -47,7 +47,7 @@ class LayerRetention:
         return self._policy.turns(tier, self._layer) or _in_one_piece(self(tier))
 
 
-def _turns(retention: Retention, tier: TierName) -> Turns:
+def turns(retention: Retention, tier: TierName) -> Turns:
     return retention.turns(tier) if isinstance(retention, LayerRetention) else _in_one_piece(retention(tier))
 
 
@@ -174,14 +174,19 @@ class ExpertMemory:
     def begin_copies(self, experts: list[int], retention: Retention) -> int:
         """``demand_accelerator`` for experts that are all in host memory, while nothing is in flight; returns how many
         are on their way, the first ones. The others are to be asked for later."""
+        assert self.accelerator is not None and not self._flights
+        places = self.accelerator.reserve_all(experts, self.host, turns(retention, "accelerator"))
+        self.copy_all([(expert, *where) for expert, where in zip(experts, places, strict=False)])
+        return len(places)
+
+    def copy_all(self, copies: list[tuple[int, int, int]]) -> None:
+        """Experts that a layer waits for, the slot that is reserved for each, and that in host memory, pinned."""
         tier, link = self.accelerator, self.link
-        assert tier is not None and link is not None and not self._flights
-        places = tier.reserve_all(experts, self.host, _turns(retention, "accelerator"))
-        for expert, (slot, source) in zip(experts, places, strict=False):
+        assert tier is not None and link is not None
+        for expert, slot, source in copies:
             ticket = link.move(expert, slot, source, speculative=False)
             flight = Flight(tier, expert, ticket, demanded=True, load=1)
             self._flights["accelerator", expert] = flight
-        return len(places)
 
     @property
     def flying(self) -> bool:

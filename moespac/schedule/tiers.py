@@ -42,6 +42,16 @@ class Books(NamedTuple):
     counts: NDArray[np.int64]
 
 
+_retention = NativeRetention()
+
+
+def native_retention(turns: Turns) -> int:
+    """Where native code finds it, until the next is asked for."""
+    _retention.ran, _retention.to_come = known_address(turns.ran), known_address(turns.to_come)
+    _retention.first = turns.first
+    return ctypes.addressof(_retention)
+
+
 class Tier:
     """The books of ``slots`` records. ``total`` experts exist in the model.
 
@@ -116,13 +126,13 @@ class Tier:
         if self._library is None:
             return self.reserve_all_in_python(experts, source, retention)
         count, ids = len(experts), np.array(experts, np.int64)
-        worth = NativeRetention(address(retention.ran), address(retention.to_come), retention.first)
         where = np.empty((2, count), np.int64)
         first = address(where)
         taken = self._library.moespac_reserve(
             *(self.shelf_address, source.shelf_address, address(ids), count),
-            *(ctypes.addressof(worth), first, first + 8 * count),
+            *(native_retention(retention), first, first + 8 * count),
         )
+        assert taken >= 0, "what is copied is ready, and has no slot"
         slots, sources = where.tolist()
         return list(zip(slots[:taken], sources, strict=False))
 

@@ -263,6 +263,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_sort_out": (_INT64, [_POINTER, _POINTER, _INT64, _POINTER]),
     "moespac_look_up": (_INT64, [_POINTER, _POINTER, _INT64, _POINTER, _INT64, _POINTER]),
     "moespac_victim": (_INT64, [_POINTER, _POINTER]),
+    "moespac_take_and_reserve": (_INT64, [_POINTER, _POINTER, _INT64, *[_POINTER] * 4]),
     "moespac_reserve": (_INT64, [*[_POINTER] * 3, _INT64, *[_POINTER] * 3]),
     "moespac_make_jobs": (_INT64, [_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER]),
     "moespac_take": (ctypes.c_int, [_POINTER, _INT64, _POINTER, _INT64]),
@@ -298,6 +299,7 @@ _BRIEF = (
     "reserve",
     "sort_out",
     "take",
+    "take_and_reserve",
     "victim",
 )
 

@@ -97,11 +97,16 @@ EXPORT int moespac_release(const Shelf *shelf, const int64_t *ids, int64_t n) {
     return 1;
 }
 
-/* Of `ids` (n), in their order: those that are ready, which are pinned, and after them in `sorted` (n) the others. How many
- * are ready. */
-EXPORT int64_t moespac_sort_out(const Shelf *shelf, const int64_t *ids, int64_t n, int64_t *sorted) {
+/* `sorted` (n): those of `ids` (n) that are ready, and after them the others, both in their order. How many are ready. */
+static int64_t sort_out(const Shelf *shelf, const int64_t *ids, int64_t n, int64_t *sorted) {
     int64_t ready = 0, missing = count_ready(shelf, ids, n);
     for (int64_t i = 0; i < n; i++) sorted[shelf->ready[ids[i]] ? ready++ : missing++] = ids[i];
+    return ready;
+}
+
+/* The same, and those that are ready are pinned. */
+EXPORT int64_t moespac_sort_out(const Shelf *shelf, const int64_t *ids, int64_t n, int64_t *sorted) {
+    int64_t ready = sort_out(shelf, ids, n, sorted);
     pin(shelf, sorted, ready);
     return ready;
 }
@@ -135,6 +140,16 @@ typedef struct {
     int64_t *slots, *tokens;   /* (n) */
 } Share;
 
+static void take(Share *share, const int64_t *counts, int64_t first_id) {
+    pin(share->shelf, share->ids, share->n);
+    share->all_tokens = 0;
+    for (int64_t i = 0; i < share->n; i++) {
+        share->slots[i] = share->shelf->slot_of[share->ids[i]];
+        share->tokens[i] = counts[share->ids[i] - first_id];
+        share->all_tokens += share->tokens[i];
+    }
+}
+
 /* Whether all of all shares are ready; if so, they are pinned. `counts` are the tokens of the experts from `first_id` on. */
 EXPORT int moespac_take(Share *shares, int64_t devices, const int64_t *counts, int64_t first_id) {
     int all = 1;
@@ -143,16 +158,7 @@ EXPORT int moespac_take(Share *shares, int64_t devices, const int64_t *counts, i
         all &= shares[d].ready == shares[d].n;
     }
     if (!all) return 0;
-    for (int64_t d = 0; d < devices; d++) {
-        Share *share = &shares[d];
-        pin(share->shelf, share->ids, share->n);
-        share->all_tokens = 0;
-        for (int64_t i = 0; i < share->n; i++) {
-            share->slots[i] = share->shelf->slot_of[share->ids[i]];
-            share->tokens[i] = counts[share->ids[i] - first_id];
-            share->all_tokens += share->tokens[i];
-        }
-    }
+    for (int64_t d = 0; d < devices; d++) take(&shares[d], counts, first_id);
     return 1;
 }
 
@@ -210,12 +216,19 @@ EXPORT int64_t moespac_victim(const Shelf *shelf, const double *retention) {
     return find_victims(shelf, &all, 1, &slot) ? shelf->expert_in[slot] : -1;
 }
 
+/* Whether a record may be copied: it is ready in `from`, and nowhere in `to`. */
+static int is_to_come(const Shelf *to, const Shelf *from, int64_t expert) {
+    return from->ready[expert] && to->slot_of[expert] < 0;
+}
+
 /* Take slots of `to` for the records of `ids` (n), which are ready in `from` and are pinned there, and mark them filling:
  * free ones, then those whose records make way. `slots` (n) in `to`, `sources` (n) in `from`. How many have one, the first
- * so many. */
+ * so many; -1: one of them cannot be copied. */
 EXPORT int64_t moespac_reserve(const Shelf *to, const Shelf *from, const int64_t *ids, int64_t n,
                                const Retention *retention, int64_t *slots, int64_t *sources) {
     int64_t *free_slots = &to->counts[0], taken = n < *free_slots ? n : *free_slots;
+    for (int64_t i = 0; i < n; i++)
+        if (!is_to_come(to, from, ids[i])) return -1;
     for (int64_t i = 0; i < taken; i++) slots[i] = to->free[--*free_slots];
     int64_t victims = find_victims(to, retention, n - taken, slots + taken);
     for (int64_t i = taken; i < taken + victims; i++) {
@@ -235,6 +248,23 @@ EXPORT int64_t moespac_reserve(const Shelf *to, const Shelf *from, const int64_t
     int64_t used = to->slots - *free_slots;
     if (used > to->counts[1]) to->counts[1] = used;
     return taken;
+}
+
+/* Where some of the accelerator's share is missing: what is there is taken, and slots are reserved for the others. `ids`
+ * (n) its share, those first that are there: they are what is left of shares[1]. How many of the others have a slot, or -1:
+ * nothing is taken, since the host misses something too. */
+EXPORT int64_t moespac_take_and_reserve(Share *shares, const int64_t *counts, int64_t first_id,
+                                        const Retention *retention, int64_t *ids, int64_t *slots, int64_t *sources) {
+    Share *mine = &shares[0], *its = &shares[1];
+    int64_t all = its->n;
+    if (count_ready(mine->shelf, mine->ids, mine->n) < mine->n) return -1;
+    for (int64_t i = 0; i < all; i++)
+        if (!its->shelf->ready[its->ids[i]] && !is_to_come(its->shelf, mine->shelf, its->ids[i])) return -1;
+    its->n = sort_out(its->shelf, its->ids, all, ids);
+    its->ids = ids;
+    take(mine, counts, first_id);
+    take(its, counts, first_id);
+    return moespac_reserve(its->shelf, mine->shelf, ids + its->n, all - its->n, retention, slots, sources);
 }
 
 /* ---- what an accelerator computes -------------------------------------------------------------------------------- */
