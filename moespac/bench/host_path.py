@@ -4,8 +4,8 @@
 decodes windows of it through recordings that do nothing when launched. Routers' choices are drawn: some experts
 are popular, so the device has many of those asked for and the host the others; nothing is copied meanwhile. What is
 left is the host's own path from a router's choice to the next launch. Then the same where each layer has one expert
-copied that the policy left to the host, or three; copies are over as soon as they are asked for. A real launch, copy
-and event cost microseconds more, which only a GPU can tell.
+copied that the policy left to the host, or three; copies are over as soon as they are asked for. A real launch,
+copy and event cost microseconds more, which only a GPU can tell.
 CPU time of this thread, so that a busy machine does not count, and neither do waits.
 """
 

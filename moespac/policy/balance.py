@@ -88,9 +88,7 @@ def freshen(layer: int, counts: NDArray[np.int64], freshening: Freshening, saved
         freshen_in_python(layer, counts, freshening, saved)
 
 
-def freshen_in_python(
-    layer: int, counts: NDArray[np.int64], freshening: Freshening, saved: Seconds
-) -> None:
+def freshen_in_python(layer: int, counts: NDArray[np.int64], freshening: Freshening, saved: Seconds) -> None:
     mine = slice(layer * len(counts), (layer + 1) * len(counts))
     tokens, step, curve, lasting = freshening
     rates = lasting[mine]

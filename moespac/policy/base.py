@@ -107,9 +107,9 @@ class Policy(ABC):
         return self.place(layer, counts, residency)
 
     def places(self, layer: int, residency: Residency) -> int | None:
-        """Where native code finds what ``place`` would go by in ``layer``, for windows of up to
-        ``cost.TABLE`` - 1 tokens (``Places`` of csrc/place.h): who runs the layer may ask that in its place. None: it has
-        to be ``place``."""
+        """Where native code finds what ``place`` would go by in ``layer`` (``Places`` of csrc/place.h), for windows
+        of less than ``cost.TABLE`` tokens: who runs the layer may ask that in its place. None: it has to be
+        ``place``."""
         return None
 
     @abstractmethod

@@ -45,10 +45,10 @@ class _Median:
 class _Curve:
     """Seconds as a function of tokens: at powers of two, measured or prior; linear between and beyond them.
 
-    The latest measurements are scaled to powers of two in the prior's proportion. A bucket without any takes the prior
-    scaled like its nearest measured neighbour. More tokens are never cheaper. Measurements come once an expert and
-    questions once a layer, so the curve is drawn anew when half as many have come as it was drawn from, at most
-    ``config.redraw``, and read from a table for windows of ordinary size. In native code where there is any
+    The latest measurements are scaled to powers of two in the prior's proportion. A bucket without any takes the
+    prior scaled like its nearest measured neighbour. More tokens are never cheaper. Measurements come once an
+    expert and questions once a layer, so the curve is drawn anew when half as many have come as it was drawn from,
+    at most ``config.redraw``, and read from a table for windows of ordinary size. In native code where there is any
     (csrc/costs.c), over the same arrays.
     """
 
@@ -151,7 +151,10 @@ class CostModel:
             on_accelerator * config.accelerator_token_share,
             config,
         )
-        self.host_curve, self.accelerator_curve = self._host.address, self._accelerator.address  # for native code
+        self.host_curve, self.accelerator_curve = (
+            self._host.address,
+            self._accelerator.address,
+        )  # for native code
         self._beside_copy = _Median(config.samples)
         self._link = _Median(config.samples)
         self._storage = _Median(config.samples)

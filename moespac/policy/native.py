@@ -85,4 +85,3 @@ def _showing(freshening: Freshening, saved: NDArray[np.float64]) -> Showing:
     tokens, step, curve, lasting = freshening
     values = curve.curve
     return Showing(tokens, step, address(values), len(values) - 1, address(lasting), address(saved))
-

@@ -92,7 +92,11 @@ class MoeSpacPolicy(Policy):
 
     def places(self, layer: int, residency: Residency) -> int | None:
         """From the second layer of a pass on: the first one shows how many tokens it has."""
-        if layer == 0 or self._stakes is None or getattr(self.place, "__func__", None) is not MoeSpacPolicy.place:
+        if (
+            layer == 0
+            or self._stakes is None
+            or getattr(self.place, "__func__", None) is not MoeSpacPolicy.place
+        ):
             return None  # who has replaced ``place`` is asked
         placer = native.placer(residency, self.costs, self._stakes)
         return None if placer is None else placer.address

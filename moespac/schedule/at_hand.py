@@ -121,8 +121,9 @@ class AtHand:
     def take_and_reserve(
         self, placement: Placement, counts: NDArray[np.int64], first_id: int, retention: Turns
     ) -> Reserved | None:
-        """Where the host has all that it computes, and what the accelerator misses: what is there is taken, and slots for
-        copies of the others are reserved. None: that is not so, or there is no native code, and nothing is changed."""
+        """Where the host has all that it computes, and what the accelerator misses: what is there is taken, and
+        slots for copies of the others are reserved. None: that is not so, or there is no native code, and nothing
+        has changed."""
         if self._take_and_reserve is None or self._devices < 2:
             return None
         host, accelerator = placement.host, placement.accelerator
@@ -146,8 +147,8 @@ class AtHand:
         return Reserved(taken.host, taken.accelerator, copies, ids[there + reserved :])
 
     def computed(self, share: Share, seconds: Seconds, costs: CostModel) -> None:
-        """The host has computed the ``share`` that was taken last, each expert in so many ``seconds``: that is learned,
-        and it is released."""
+        """The host has computed the ``share`` that was taken last, each expert in so many ``seconds``: that is
+        learned, and it is released."""
         if self._computed is None or not share.taken_natively:
             costs.observe_host_experts(share.tokens, seconds)
             self._tiers[0].release_all(share.experts)

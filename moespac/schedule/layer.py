@@ -190,11 +190,9 @@ class LayerRun:
                 if side.ready:
                     side.tier.release_all(np.array(side.ready))
 
-    def _copy_and_compute(
-        self, placement: Placement, host: Side, device: Side, retention: Retention
-    ) -> bool:
-        """The first turn of ``_run``, in few native calls, where nothing is in flight and copies are all that is missing.
-        False: that is not so, and nothing was done."""
+    def _copy_and_compute(self, placement: Placement, host: Side, device: Side, retention: Retention) -> bool:
+        """The first turn of ``_run``, in few native calls, where nothing is in flight and all that is missing are
+        copies. False: that is not so, and nothing was done."""
         memory = self._memory
         if memory.flying or placement.load.size:
             return False

@@ -172,8 +172,8 @@ class ExpertMemory:
         return self._copy(expert, retention, speculative=False)
 
     def begin_copies(self, experts: list[int], retention: Retention) -> int:
-        """``demand_accelerator`` for experts that are all in host memory, while nothing is in flight; returns how many
-        are on their way, the first ones. The others are to be asked for later."""
+        """``demand_accelerator`` for experts that are all in host memory, while nothing is in flight; returns how
+        many are on their way, the first ones. The others are to be asked for later."""
         assert self.accelerator is not None and not self._flights
         places = self.accelerator.reserve_all(experts, self.host, turns(retention, "accelerator"))
         self.copy_all([(expert, *where) for expert, where in zip(experts, places, strict=False)])

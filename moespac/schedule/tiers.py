@@ -121,8 +121,8 @@ class Tier:
         return True
 
     def reserve_all(self, experts: list[int], source: Tier, retention: Turns) -> list[tuple[int, int]]:
-        """``reserve`` one after the other, as far as there are slots, for records that are ready in ``source`` and are
-        pinned there; returns the slot of each, and that in ``source``."""
+        """``reserve`` one after the other, as far as there are slots, for records that are ready in ``source`` and
+        are pinned there; returns the slot of each, and that in ``source``."""
         if self._library is None:
             return self.reserve_all_in_python(experts, source, retention)
         count, ids = len(experts), np.array(experts, np.int64)
@@ -227,11 +227,9 @@ class Tier:
         all_pinned = self._library.moespac_release(self.shelf_address, address(experts), experts.size)
         assert all_pinned, "only pinned records are released"
 
-    def job_is_over(
-        self, experts: NDArray[np.int64], tokens: int, seconds: float, costs: CostModel
-    ) -> None:
-        """A job of the accelerator's took so long over ``experts``, with so many ``tokens`` together: that is learned,
-        and they are released."""
+    def job_is_over(self, experts: NDArray[np.int64], tokens: int, seconds: float, costs: CostModel) -> None:
+        """A job of the accelerator's took so long over ``experts``, with so many ``tokens`` together: that is
+        learned, and they are released."""
         if self._library is None:
             costs.observe_accelerator(max(1, round(tokens / len(experts))), seconds / len(experts))
             self.release_all(experts)
@@ -268,8 +266,9 @@ class Tier:
         free_now = np.flatnonzero(self._state == FREE)[::-1]
         self._free[: free_now.size], self._counts[0] = free_now, free_now.size
         shelf = self._shelf
-        shelf.slots, shelf.expert_in, shelf.state, shelf.pins = slots, *map(
-            address, (self._expert_in, self._state, self._pins)
+        shelf.slots, shelf.expert_in, shelf.state, shelf.pins = (
+            slots,
+            *map(address, (self._expert_in, self._state, self._pins)),
         )
         return moves
 

@@ -33,7 +33,9 @@ def _costs_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in vars(CostModel) if name.startswith("observe_")]:
         monkeypatch.setattr(CostModel, name, lambda self, *measured: None)
     monkeypatch.setattr(CostModel, "start_from", lambda self, measured: None)
-    monkeypatch.setattr(AtHand, "computed", lambda self, share, *took: self._tiers[0].release_all(share.experts))
+    monkeypatch.setattr(
+        AtHand, "computed", lambda self, share, *took: self._tiers[0].release_all(share.experts)
+    )
     monkeypatch.setattr(Tier, "job_is_over", lambda self, experts, *took: self.release_all(experts))
 
 
