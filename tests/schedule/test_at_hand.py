@@ -293,6 +293,29 @@ def test_one_turn_does_what_the_loop_does(layers, there, ahead, copied_ahead, in
     assert told[0] == told[1]
 
 
+def test_a_copy_ahead_that_lands_as_its_layer_begins_is_not_made_again() -> None:
+    memory = Memory(FakeStore(LAYERS, EXPERTS), TOTAL, EXPERTS, asynchronous=False)
+    values = np.zeros(TOTAL)
+    for expert in range(EXPERTS):
+        memory.demand_host(expert, lambda tier: values)
+    memory.settle()
+    memory.follow(Plan(accelerator=np.array([2])))
+    memory.pump(lambda tier: values)
+    assert memory.flying, "it is there, and nobody has looked yet"
+    devices, jobs = Devices(memory, in_order=True), Jobs(memory.bell, PassClock())
+    counts = np.ones(EXPERTS, np.int64)
+    run = LayerRun(memory, devices, memory._costs, PassClock(), jobs, counts, first_id=0)
+    run.execute(Placement(np.array([0]), np.array([2, 3])), lambda tier: values)
+    jobs.finish()
+    memory.check_integrity()
+    assert sorted(e for device, experts, *_ in devices.asked if device == "accelerator" for e in experts) == [
+        2,
+        3,
+    ]
+    assert memory.bytes_read["link"] == 2 * memory.shape.record_bytes
+    memory.close()
+
+
 def test_a_host_that_fails_leaves_nothing_pinned() -> None:
     memory = Memory(FakeStore(LAYERS, EXPERTS), TOTAL, EXPERTS, asynchronous=False)
     values = np.zeros(TOTAL)
