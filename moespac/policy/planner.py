@@ -50,6 +50,7 @@ class MoeSpacPolicy(Policy):
         self._planned = False
         self._lesson: Lesson | None = None
         self._stakes: Stakes | None = None  # of the pass that runs
+        self._placer: native.Placer | None = None  # which has to live while it is asked
         self._thresholds: dict[TierName, NDArray[np.int64]] = {}
         self._worth_in_host = np.ones(shape.total)
         self._given_up = np.zeros(0)  # what the accelerator's experts save, the least first
@@ -98,7 +99,7 @@ class MoeSpacPolicy(Policy):
             or getattr(self.place, "__func__", None) is not MoeSpacPolicy.place
         ):
             return None  # who has replaced ``place`` is asked
-        placer = native.placer(residency, self.costs, self._stakes)
+        placer = self._placer = native.placer(residency, self.costs, self._stakes)
         return None if placer is None else placer.address
 
     def retention(self, tier: TierName, layer: int) -> Order:

@@ -12,7 +12,7 @@ from moespac.experts.kernels.library import Share as NativeShare
 from moespac.experts.kernels.library import address, known_address, load_library
 from moespac.policy.base import Turns
 from moespac.policy.cost import CostModel, Seconds
-from moespac.schedule.tiers import Tier, native_retention
+from moespac.schedule.tiers import Tier
 from moespac.types import NO_IDS, Ids, Placement, Plan
 
 
@@ -40,6 +40,8 @@ class Taken(NamedTuple):
 
 
 class Reserved(NamedTuple):
+    """What a layer can begin with, copies of what it misses being on their way."""
+
     host: Share
     accelerator: Share  # what is there already
     copies: list[tuple[int, int, int]]  # experts to be copied, the slot of each, and that in host memory
@@ -134,7 +136,7 @@ class AtHand:
         mine.ids, mine.n = address(host), host.size
         its.ids, its.n = address(accelerator), count
         reserved = self._take_and_reserve(
-            *(self._address, known_address(counts), first_id, native_retention(retention)),
+            *(self._address, known_address(counts), first_id, self._tiers[1].native_retention(retention)),
             *(first, first + 8 * count, first + 16 * count),
         )
         if reserved < 0:

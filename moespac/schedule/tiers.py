@@ -42,16 +42,6 @@ class Books(NamedTuple):
     counts: NDArray[np.int64]
 
 
-_retention = NativeRetention()
-
-
-def native_retention(turns: Turns) -> int:
-    """Where native code finds it, until the next is asked for."""
-    _retention.ran, _retention.to_come = known_address(turns.ran), known_address(turns.to_come)
-    _retention.first = turns.first
-    return ctypes.addressof(_retention)
-
-
 class Tier:
     """The books of ``slots`` records. ``total`` experts exist in the model.
 
@@ -73,6 +63,7 @@ class Tier:
         self._counts = np.array([self.slots, 0], dtype=np.int64)  # slots free; the most that were in use
         self._library = load_library()
         self._shelf = Shelf(slots, *(address(part) for part in self.books))
+        self._worth = NativeRetention()
         self.shelf_address = ctypes.addressof(self._shelf)  # for native code that pins: it stays where it is
 
     @property
@@ -130,11 +121,18 @@ class Tier:
         first = address(where)
         taken = self._library.moespac_reserve(
             *(self.shelf_address, source.shelf_address, address(ids), count),
-            *(native_retention(retention), first, first + 8 * count),
+            *(self.native_retention(retention), first, first + 8 * count),
         )
         assert taken >= 0, "what is copied is ready, and has no slot"
         slots, sources = where.tolist()
         return list(zip(slots[:taken], sources, strict=False))
+
+    def native_retention(self, turns: Turns) -> int:
+        """Where native code finds it, until this is asked again."""
+        worth = self._worth
+        worth.ran, worth.to_come = known_address(turns.ran), known_address(turns.to_come)
+        worth.first = turns.first
+        return ctypes.addressof(worth)
 
     def reserve_all_in_python(
         self, experts: list[int], source: Tier, retention: Turns

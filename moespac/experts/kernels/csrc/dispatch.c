@@ -174,7 +174,7 @@ EXPORT int moespac_place_and_take(Places *places, Share *shares, const int64_t *
     return moespac_take(shares, 2, counts, first_id);
 }
 
-/* What was taken is computed, and took `seconds` (n): the same. */
+/* What was taken is computed, and took `seconds` (n): that is learned, and it is released; whether it was pinned. */
 EXPORT int moespac_computed(const Share *share, Curve *curve, const double *seconds) {
     moespac_observe(curve, share->tokens, seconds, share->n);
     return moespac_release(share->shelf, share->ids, share->n);
