@@ -264,10 +264,8 @@ class Tier:
         free_now = np.flatnonzero(self._state == FREE)[::-1]
         self._free[: free_now.size], self._counts[0] = free_now, free_now.size
         shelf = self._shelf
-        shelf.slots, shelf.expert_in, shelf.state, shelf.pins = (
-            slots,
-            *map(address, (self._expert_in, self._state, self._pins)),
-        )
+        shelf.slots, shelf.expert_in = slots, address(self._expert_in)
+        shelf.state, shelf.pins = address(self._state), address(self._pins)
         return moves
 
     def check_integrity(self) -> None:
