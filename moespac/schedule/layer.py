@@ -115,7 +115,7 @@ class LayerRun:
         """``execute`` of what has been taken already, as far as it could be."""
         hits, host, accelerator = taken
         if host is None or accelerator is None:
-            self._fetch_and_compute(placement, retention)
+            self._fetch_and_compute(placement, hits, retention)
         else:
             self._compute(host, accelerator, retention)
         if not self._devices.in_order and self._jobs.in_flight:
@@ -163,7 +163,7 @@ class LayerRun:
 
     # ---- something is missing --------------------------------------------------------------------------
 
-    def _fetch_and_compute(self, placement: Placement, retention: Retention) -> None:
+    def _fetch_and_compute(self, placement: Placement, hits: Hits, retention: Retention) -> None:
         host = Side(self._memory.host, placement.host)
         sides: dict[TierName, Side] = {"host": host}
         device = None
@@ -178,7 +178,8 @@ class LayerRun:
         else:
             assert placement.accelerator.size == 0, "no accelerator to compute on"
         try:
-            if device is None or not self._copy_and_compute(placement, host, device, retention):
+            copies = hits.host == placement.host.size and hits.accelerator < placement.accelerator.size
+            if not (copies and device and self._copy_and_compute(placement, host, device, retention)):
                 for side in sides.values():
                     side.sort_out()
             self._run(sides, host, device, retention)
