@@ -189,7 +189,7 @@ class CostConfig:
     storage_bandwidth: float = 1.5e9  # bytes/s, NVMe random reads of whole records
     samples: int = 9  # the median of this many latest measurements: up to four outliers do nothing
     buckets: int = 12  # token counts 1, 2, 4 .. 2048 that expert times are kept for
-    redraw: int = 256  # measurements, at most, before a curve follows: drawing it in every layer takes 50 us
+    redraw: int = 256  # measurements, at most, before a curve follows: drawing it in Python takes 50 us
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ draft, trunk, host experts, decide and wait take turns, and a block inside anoth
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -42,6 +43,7 @@ def ignore(lane: str, name: str, start: float, duration: float) -> None:
     """Keeps nothing: most simulations want figures only."""
 
 
+@functools.cache
 def expert_name(expert: int, experts: int) -> str:
     """MoE layer and number of the expert with this flat id, as a timeline shows them."""
     return "{}.{}".format(*divmod(expert, experts))

@@ -79,7 +79,7 @@ class Plan:
     accelerator: Ids = field(default_factory=lambda: NO_IDS)  # host -> accelerator
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen: one is made in every layer, and that takes several times as long
 class Placement:
     """Who computes this layer's active experts, each list in order of execution.
 

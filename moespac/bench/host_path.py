@@ -3,8 +3,9 @@
 `moespac bench host-path` makes a model of Qwen3-30B-A3B's layers and experts, all of them tiny, and
 decodes windows of it through recordings that do nothing when launched. Routers' choices are drawn: some experts
 are popular, so the device has many of those asked for and the host the others; nothing is copied meanwhile. What is
-left is the host's own path from a router's choice to the next launch. A real launch, copy and event cost
-microseconds more, which only a GPU can tell.
+left is the host's own path from a router's choice to the next launch. Then the same where each layer has one expert
+copied that the policy left to the host, or three; copies are over as soon as they are asked for. A real launch,
+copy and event cost microseconds more, which only a GPU can tell.
 CPU time of this thread, so that a busy machine does not count, and neither do waits.
 """
 
@@ -30,11 +31,12 @@ from moespac.model.lean import lean_trunk
 from moespac.model.recorder import InProcess, Mailbox, Work
 from moespac.model.stretches import RoutingRow
 from moespac.schedule.stats import PassClock
-from moespac.types import Window
+from moespac.types import Placement, Residency, Window
 
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
 _VOCABULARY = 256
 _DEAR = 1.0  # second to copy an expert: none is worth it
+COPIES = (1, 3)  # experts that a layer has copied, in what is measured last
 _SKEW = 1.0  # of routing: the expert of rank r is chosen in proportion of 1 / r
 
 
@@ -71,6 +73,12 @@ class _Launched:
     done, error, seconds = True, None, 1e-6
 
 
+class _Copied(_Launched):
+    """The same of a copy, which is said to be slow still: the policy has none made of its own."""
+
+    seconds = _DEAR
+
+
 class _Echo:
     """A runtime whose experts cost nothing."""
 
@@ -87,13 +95,15 @@ class HostTime:
     trunk: float  # launching, the routing's way to the host, the experts' output into its place
     decide: float  # of the policy: who computes what
     dispatch: float  # to both devices, and the join; not the host's own share of the experts
+    copying: tuple[float, ...] = ()  # all of it, where a layer has so many experts copied as ``COPIES`` says
 
     @property
     def total(self) -> float:
         return self.trunk + self.decide + self.dispatch
 
-    def to_dict(self) -> dict[str, float]:
-        return asdict(self) | {"total": self.total}
+    def to_dict(self) -> dict[str, Any]:
+        copying = {str(count): spent for count, spent in zip(COPIES, self.copying, strict=False)}
+        return asdict(self) | {"total": self.total, "copying": copying}
 
 
 def measure(
@@ -111,13 +121,20 @@ def measure(
             jobs = _a_fast_device(engine, hollow, max(windows))
             whole = [_median(engine, trunk, hollow, clock, tokens, passes) for tokens in windows]
             assert jobs, "the policy sent the device no job: this is not the path of two devices"
+            copying = []
+            for count in COPIES:
+                _have_copied(engine, count)
+                each = [_median(engine, trunk, hollow, clock, tokens, passes) for tokens in windows]
+                copying.append([path for path, _ in each])
             for module in engine.model.modules():
                 if isinstance(module, OffloadedExperts):
                     echo: Any = _Echo()
                     module.attach(0, echo)
             alone = [_median(None, trunk, hollow, clock, tokens, passes) for tokens in windows]
-    pairs = zip(alone, whole, strict=True)
-    return [HostTime(trunk, decide, max(0.0, both - decide - trunk)) for (trunk, _), (both, decide) in pairs]
+    return [
+        HostTime(trunk, decide, max(0.0, both - decide - trunk), copies)
+        for (trunk, _), (both, decide), copies in zip(alone, whole, zip(*copying, strict=True), strict=True)
+    ]
 
 
 def _a_fast_device(engine: Engine, hollow: _Hollow, tokens: int) -> list[str]:
@@ -148,6 +165,24 @@ def _a_fast_device(engine: Engine, hollow: _Hollow, tokens: int) -> list[str]:
     for _ in range(samples):
         costs.observe_link(_DEAR)
     return jobs
+
+
+def _have_copied(engine: Engine, count: int) -> None:
+    """So many of the experts that the policy leaves to the host are the device's from now on, the longest first."""
+    memory: Any = engine.runtime.memory
+    policy: Any = engine.runtime.policy
+
+    def copy_in(*what: object) -> _Copied:
+        memory.bell.ring()
+        return _Copied()
+
+    def place(layer: int, counts: Any, residency: Residency) -> Placement:
+        placed = type(policy).place(policy, layer, counts, residency)
+        there = np.concatenate([placed.accelerator, placed.host[:count]])
+        return Placement(placed.host[count:], there, placed.prefetch)
+
+    memory.link._accelerator.copy_in = copy_in
+    policy.place = place
 
 
 def _trunk(engine: Engine, hollow: _Hollow, clock: PassClock) -> GraphedTrunk:

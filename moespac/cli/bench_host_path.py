@@ -32,7 +32,8 @@ def host_path(
     """What the host spends on a layer while a device computes: microseconds, beside the aim. Needs no GPU.
 
     A model of Qwen3-30B-A3B's layers and experts, all of them tiny, over recordings that do nothing when launched.
-    CPU time of the deciding thread. Real launches, copies and events come on top, which only a GPU can tell.
+    CPU time of the deciding thread, without and with copies of experts to the device, which are over at once. Real
+    launches, copies and events come on top, which only a GPU can tell.
     """
     from rich.console import Console
 
@@ -66,10 +67,15 @@ def _sizes(text: str) -> list[int]:
 def _table(sizes: list[int], found: list[HostTime], aim: float) -> Table:
     from rich.table import Table
 
+    from moespac.bench.host_path import COPIES
+
     table = Table("us per layer", title="Host time of a layer", title_justify="left")
     for size in sizes:
         table.add_column(f"{size} token{'s' if size > 1 else ''}", justify="right")
     for part in ("trunk", "decide", "dispatch", "total"):
         table.add_row(part, *(f"{getattr(time, part):.0f}" for time in found), end_section=part == "dispatch")
-    table.add_row("aim", *(f"{aim:.0f}" for _ in found))
+    table.add_row("aim", *(f"{aim:.0f}" for _ in found), end_section=True)
+    for number, count in enumerate(COPIES):
+        copied = f"total with {count} cop{'ies' if count > 1 else 'y'}"
+        table.add_row(copied, *(f"{time.copying[number]:.0f}" for time in found))
     return table

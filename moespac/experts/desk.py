@@ -15,11 +15,12 @@ class Desk:
         self.groups = groups
         self._rows: torch.Tensor | None = None
 
-    def rows(self, count: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
-        """(count, hidden) on the host; zeros where no expert fills some of them."""
-        if self._rows is None or self._rows.dtype != dtype:
+    def rows(self, x: torch.Tensor) -> torch.Tensor:
+        """(T * k, hidden) on the host for x (T, hidden) there; zeros where no expert fills some of them."""
+        if self._rows is None or self._rows.dtype is not x.dtype:
+            groups = self.groups
             with torch.inference_mode(False):  # others write to it in other modes
-                self._rows = torch.zeros(count, hidden, dtype=dtype)
+                self._rows = torch.zeros(groups.tokens * groups.top_k, x.shape[1], dtype=x.dtype)
         elif not self.groups.complete:
             self._rows.zero_()
         return self._rows

@@ -62,18 +62,17 @@ class LayerTensors:
         self._x_host = x
         # On another device than the host, its experts' rows are gathered there and brought over once.
         self._apart = not x.is_cpu
-        if self._apart or (self._kernel is not None and x.dtype != torch.float32):
+        if self._apart or (self._kernel is not None and x.dtype is not torch.float32):
             self._x_host = x.to("cpu", torch.float32 if self._kernel is not None else x.dtype)
         self._now = now
         self._on_host: list[NDArray[np.int64]] = []  # experts that the host has computed
-        tokens, hidden = x.shape
         self._grouped = computers.grouped
         self._rows = None
         if self._grouped is not None:
-            self._rows = self._grouped.layer(tokens, groups.top_k)
+            self._rows = self._grouped.layer(groups.tokens, groups.top_k)
             self._out, self._out_device = self._rows.host, self._rows.device
             return
-        self._out = (desk or Desk(groups)).rows(tokens * groups.top_k, hidden, self._x_host.dtype)
+        self._out = (desk or Desk(groups)).rows(self._x_host)
         self._out_device = torch.zeros_like(self._out, device=x.device) if self._apart else self._out
 
     def join(self, weights: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
@@ -84,8 +83,10 @@ class LayerTensors:
             host, nowhere = self._rows_on_host(), self._groups.nowhere
             return self._grouped.join(self._rows, weights, self._x, host, nowhere, into)
         if kernel is not None and not self._apart:
-            joined = kernel.join(self._out, weights.float().contiguous(), top_k, into)
-            return joined if joined.dtype == self._x.dtype else joined.to(self._x.dtype)
+            if weights.dtype is not torch.float32 or not weights.is_contiguous():
+                weights = weights.float().contiguous()
+            joined = kernel.join(self._out, weights, top_k, into)
+            return joined if self._x_host is self._x else joined.to(self._x.dtype)
         rows = self._gathered().view(-1, top_k, self._x.shape[1])
         return (rows * weights.unsqueeze(-1)).sum(dim=1).to(self._x.dtype)
 

@@ -44,7 +44,7 @@ class Groups:
         Some families route a token to "no expert" with a number outside the range; nobody computes such rows, and
         in ``routing`` it is -1.
         """
-        if not (index.is_cpu and index.dtype == torch.int64 and index.is_contiguous()):
+        if not (index.is_cpu and index.dtype is torch.int64 and index.is_contiguous()):
             index = index.to("cpu", torch.int64).contiguous()
         rows = self.tokens * self.top_k
         if self._group is None:

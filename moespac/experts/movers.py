@@ -84,12 +84,18 @@ class LinkCopier:
         """``experts`` in a layer."""
         self._accelerator = accelerator
         self._arena = arena  # the host tier's
+        self._rows: dict[
+            int, torch.Tensor
+        ] = {}  # of it: indexing a tensor takes as long as asking for a copy
         self._experts = experts
 
     def move(self, expert: int, slot: int, source_slot: int | None, speculative: bool) -> Ticket:
         assert source_slot is not None
+        row = self._rows.get(source_slot)
+        if row is None:
+            row = self._rows[source_slot] = self._arena[source_slot]
         name = expert_name(expert, self._experts)
-        return self._accelerator.copy_in(name, self._arena[source_slot], slot, _priority(speculative))
+        return self._accelerator.copy_in(name, row, slot, _priority(speculative))
 
     def close(self) -> None:
         self._accelerator.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from moespac.experts.resident import ResidentExperts
 from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
 from moespac.policy.base import CacheRetention, PassRetention, Policy, Sensor
-from moespac.policy.cost import MeasuredCosts
+from moespac.policy.cost import TABLE, MeasuredCosts
 from moespac.policy.foresight import Foresight
 from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
-from moespac.schedule.at_hand import Hits
+from moespac.schedule.at_hand import Hits, Taken
 from moespac.schedule.jobs import Jobs
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.memory import ExpertMemory, LayerRetention, Retention
@@ -34,6 +34,15 @@ from moespac.timeline import expert_names
 from moespac.types import NO_IDS, Observation, Placement, Window
 
 UNKNOWN_TOKEN = -1  # in a pass that stock generate() runs, the runtime does not see the token ids
+
+
+class _Kept(NamedTuple):
+    """The routing of all layers of a pass, in one piece."""
+
+    tokens: int
+    routing: list[NDArray[np.int64]]  # (tokens, k) each
+    address: int
+    stride: int  # bytes from one to the next
 
 
 class ExpertRuntime:
@@ -69,9 +78,7 @@ class ExpertRuntime:
         self._desks = Desks(self._shape.top_k, self._shape.experts)
         self._window: Window | None = None
         self._routing: list[NDArray[np.int64]] = []  # of the layers that have run in this pass, (T, k) each
-        self._kept: tuple[NDArray[np.int64], int] | None = (
-            None  # of the pass that runs, in one piece; its address
-        )
+        self._kept: _Kept | None = None  # where that of the pass that runs is kept
         self._weights: list[NDArray[np.float32]] = []  # the router's weights beside them, for the recorder
         self._jobs = Jobs(memory.bell, clock)
         self._resident: ResidentExperts | None = None
@@ -290,29 +297,41 @@ class ExpertRuntime:
         groups.fill(index, *self._routed(layer, tokens))
         if self.recorder is not None:
             self._weights.append(weights.float().cpu().numpy())
-        with self.clock.measure("decide"):
-            if self._asks_next_gate:
-                self._foresee(layer + 1, x)
-            placement = self.policy.placement(layer, groups.counts, self.memory.residency)
-            self.memory.start_layer(layer, placement)
         first_id = layer * self._shape.experts
         tensors = LayerTensors(self._computers, norm, groups, first_id, x, self.clock.now, desk)
         costs, clock = self.policy.costs, self.clock
         run = LayerRun(self.memory, tensors, costs, clock, self._jobs, groups.counts, first_id)
-        self._count_hits(placement, run.execute(placement, self._retention(layer)))
+        retention = self._retention(layer)
+        with clock.measure("decide"):
+            if self._asks_next_gate:
+                self._foresee(layer + 1, x)
+            placement, taken = self._placed(layer, groups, first_id)
+        run.execute_taken(placement, taken, retention)  # which lets go of it
+        self._count_hits(placement, taken.hits)
         if unattended and layer == self._shape.layers - 1:
             self._end_unattended_pass(tokens)
         return tensors.join(weights, into)
 
+    def _placed(self, layer: int, groups: Groups, first_id: int) -> tuple[Placement, Taken]:
+        """Who computes what, and that taken: in one native call where nothing moves."""
+        memory, counts = self.memory, groups.counts
+        if groups.tokens < TABLE and not memory.moves:
+            places = self.policy.places(layer, memory.residency)
+            if places is not None:
+                return memory.at_hand.place_and_take(places, counts, first_id)
+        placement = self.policy.placement(layer, counts, memory.residency)
+        memory.start_layer(layer, placement)
+        return placement, memory.at_hand.take(placement, counts, first_id)
+
     def _routed(self, layer: int, tokens: int) -> tuple[NDArray[np.int64], int]:
         """(T, k) where the routing of a layer of this pass is kept, and its address."""
-        if self._kept is None or self._kept[0].shape[1] != tokens:
-            kept = np.empty((self._shape.layers, tokens, self._shape.top_k), np.int64)
-            self._kept = (kept, address(kept))
-        kept, where = self._kept
-        routing = kept[layer]
+        kept = self._kept
+        if kept is None or kept.tokens != tokens:
+            numbers = np.empty((self._shape.layers, tokens, self._shape.top_k), np.int64)
+            kept = self._kept = _Kept(tokens, list(numbers), address(numbers), numbers.strides[0])
+        routing = kept.routing[layer]
         self._routing.append(routing)
-        return routing, where + layer * kept.strides[0]
+        return routing, kept.address + layer * kept.stride
 
     def _forget_pass(self) -> None:
         self._routing, self._weights, self._kept = [], [], None

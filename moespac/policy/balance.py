@@ -3,6 +3,8 @@ slot of the faster tier, the others are computed, or read, where they lie."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -70,29 +72,28 @@ class SavedSeconds:
         return self.curve[whole] + (steps - whole) * self._rise[whole]
 
 
-def freshen(
-    layer: int,
-    counts: NDArray[np.int64],
-    tokens: float,
-    step: float,
-    curve: SavedSeconds,
-    lasting: Rates,
-    saved: Seconds,
-) -> None:
-    """What the routing of ``layer`` has just shown: its experts' ``lasting`` rates move by ``step`` towards it, and
-    what they save follows; both (layers * experts,), in place. ``counts`` (experts,): how many of ``tokens`` went
-    to each."""
-    if not native.freshen(layer, counts, tokens, step, curve.curve, lasting, saved):
-        mine = slice(layer * len(counts), (layer + 1) * len(counts))
-        freshen_in_python(counts, tokens, step, curve, lasting[mine], saved[mine])
+class Freshening(NamedTuple):
+    """How what a layer's routing shows is learned in its pass."""
+
+    tokens: float  # that are routed
+    step: float  # how far they move a rate
+    curve: SavedSeconds
+    lasting: Rates  # (layers * experts,) the rates
 
 
-def freshen_in_python(
-    counts: NDArray[np.int64], tokens: float, step: float, curve: SavedSeconds, lasting: Rates, saved: Seconds
-) -> None:
-    """Of one layer, all (experts,)."""
-    lasting += np.float32(step) * ((counts / tokens).astype(np.float32) - lasting)
-    saved[:] = curve(lasting)
+def freshen(layer: int, counts: NDArray[np.int64], freshening: Freshening, saved: Seconds) -> None:
+    """What the routing of ``layer`` has just shown: its experts' lasting rates move by a step towards it, and what
+    they save (layers * experts,) follows; both in place. ``counts`` (experts,): how many tokens went to each."""
+    if not native.freshen(layer, counts, freshening, saved):
+        freshen_in_python(layer, counts, freshening, saved)
+
+
+def freshen_in_python(layer: int, counts: NDArray[np.int64], freshening: Freshening, saved: Seconds) -> None:
+    mine = slice(layer * len(counts), (layer + 1) * len(counts))
+    tokens, step, curve, lasting = freshening
+    rates = lasting[mine]
+    rates += np.float32(step) * ((counts / tokens).astype(np.float32) - rates)
+    saved[mine] = curve(rates)
 
 
 def choose_thresholds(

@@ -57,6 +57,15 @@ class PassRetention(NamedTuple):
         return value
 
 
+class Turns(NamedTuple):
+    """Values of the experts of layers that have had their turn, and of those that are to come, (layers * experts,)
+    both; the latter begin with the expert ``first``."""
+
+    ran: NDArray[np.float64]
+    to_come: NDArray[np.float64]
+    first: int
+
+
 class CacheRetention(NamedTuple):
     """The same of a cache that only uses change: an expert is worth ``value`` until its layer routes to it, and
     ``once_used`` from then on; (layers * experts,) both, the caller's own."""
@@ -97,11 +106,21 @@ class Policy(ABC):
                 return Placement(layer * self.shape.experts + active)
         return self.place(layer, counts, residency)
 
+    def places(self, layer: int, residency: Residency) -> int | None:
+        """Where native code finds what ``place`` would go by in ``layer`` (``Places`` of csrc/place.h), for windows
+        of less than ``cost.TABLE`` tokens: who runs the layer may ask that in its place. None: it has to be
+        ``place``."""
+        return None
+
     @abstractmethod
     def retention(self, tier: TierName, layer: int) -> NDArray[np.float64]:
         """The value of keeping each expert in ``tier``, (layers * experts,), while ``layer`` runs (-1:
         between passes). The resident expert with the lowest value is the next victim; a prefetch never evicts
         an expert worth as much as itself or more."""
+
+    def turns(self, tier: TierName, layer: int) -> Turns | None:
+        """``retention`` without putting it together, for who needs few of its values. None: ask that."""
+        return None
 
     def pass_retention(self) -> PassRetention | CacheRetention | None:
         """What ``retention`` will say of host memory in the pass to come, whatever its layers show. None: it does

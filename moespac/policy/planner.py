@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.config import PolicyConfig
-from moespac.policy import profile
+from moespac.policy import native, profile
 from moespac.policy.balance import (
+    Freshening,
     SavedSeconds,
     accelerator_costs,
     choose_thresholds,
@@ -20,7 +21,7 @@ from moespac.policy.balance import (
     host_costs,
     slots_needed,
 )
-from moespac.policy.base import PassRetention, Policy, TierName
+from moespac.policy.base import PassRetention, Policy, TierName, Turns
 from moespac.policy.copies import worth_copying
 from moespac.policy.cost import CostModel
 from moespac.policy.foresight import Foresight
@@ -48,6 +49,8 @@ class MoeSpacPolicy(Policy):
         self._windows = 0
         self._planned = False
         self._lesson: Lesson | None = None
+        self._stakes: Stakes | None = None  # of the pass that runs
+        self._placer: native.Placer | None = None  # which has to live while it is asked
         self._thresholds: dict[TierName, NDArray[np.int64]] = {}
         self._worth_in_host = np.ones(shape.total)
         self._given_up = np.zeros(0)  # what the accelerator's experts save, the least first
@@ -82,9 +85,22 @@ class MoeSpacPolicy(Policy):
             self._note_copies(residency)  # once a pass is enough: few change within it
         if not self.capacity.accelerator:
             return place_by_finish(layer, counts, residency, self.costs)
-        self._freshen(layer, counts)
-        stakes = Stakes(self._saved_after, self._given_up)
-        return place_by_finish(layer, counts, residency, self.costs, stakes)
+        if layer == 0:
+            self._note_tokens(counts)
+        if self._stakes is None:
+            self._stakes = Stakes(self._saved_after, self._given_up, self._freshening())
+        return place_by_finish(layer, counts, residency, self.costs, self._stakes)
+
+    def places(self, layer: int, residency: Residency) -> int | None:
+        """From the second layer of a pass on: the first one shows how many tokens it has."""
+        if (
+            layer == 0
+            or self._stakes is None
+            or getattr(self.place, "__func__", None) is not MoeSpacPolicy.place
+        ):
+            return None  # who has replaced ``place`` is asked
+        placer = self._placer = native.placer(residency, self.costs, self._stakes)
+        return None if placer is None else placer.address
 
     def retention(self, tier: TierName, layer: int) -> Order:
         """Utility discounted by how far ahead the next use is, from the pass's begin: layer order is a clock.
@@ -99,6 +115,11 @@ class MoeSpacPolicy(Policy):
         if tier == "host" and self.capacity.accelerator:
             later, now = later * self._worth_in_host, now * self._worth_in_host
         return PassRetention(later, now, self._beyond).at(layer, self.shape.experts)
+
+    def turns(self, tier: TierName, layer: int) -> Turns | None:
+        if tier != "accelerator" or not self.capacity.accelerator:
+            return None
+        return Turns(self._saved_after, self._saved_with_now, (layer + 1) * self.shape.experts)
 
     def pass_retention(self) -> PassRetention | None:
         """With one device there is nothing else to ask."""
@@ -162,14 +183,22 @@ class MoeSpacPolicy(Policy):
             self._saved_after = self._saved_by_rate(lasting)  # from the next pass on
             now = SavedSeconds(tokens + unknown, self.costs)(coming)
             self._saved_with_now = self._saved_after * (1 - 1 / passes) + now
+            self._stakes = None
 
     def _freshen(self, layer: int, counts: NDArray[np.int64]) -> None:
         """What the layer's routing has just shown, for what it leaves on the accelerator."""
-        if layer == 0:  # all layers run the same tokens
-            self._running = max(int(counts.sum()) / self.shape.top_k, 1.0)
-            self._step = self._demand.lasting_step(self._running)
-        curve = self._saved_by_rate
-        freshen(layer, counts, self._running, self._step, curve, self._lasting, self._saved_after)
+        if layer == 0:
+            self._note_tokens(counts)
+        freshen(layer, counts, self._freshening(), self._saved_after)
+
+    def _freshening(self) -> Freshening:
+        return Freshening(self._running, self._step, self._saved_by_rate, self._lasting)
+
+    def _note_tokens(self, counts: NDArray[np.int64]) -> None:
+        """All layers run the same."""
+        self._running = max(int(counts.sum()) / self.shape.top_k, 1.0)
+        self._step = self._demand.lasting_step(self._running)
+        self._stakes = None
 
     def _saved(self, ran: int) -> NDArray[np.float64]:
         """(layers * experts,) seconds that each expert on the accelerator saves while it stays there, as far as
@@ -191,6 +220,7 @@ class MoeSpacPolicy(Policy):
             there = residency.accelerator.ravel()
             self._worth_in_host = np.where(there, self._config.utility.copy_worth, 1.0)
             self._given_up = np.sort(self._saved_after[there])
+            self._stakes = None
 
     def _rebalance(self, expected: Rates, residency: Residency) -> None:
         levels, highest = self._utility.levels, self._config.utility.levels

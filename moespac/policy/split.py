@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.policy import native
+from moespac.policy.balance import Freshening, freshen_in_python
 from moespac.policy.copies import free_slots
 from moespac.policy.cost import CostModel, Seconds
 from moespac.types import Ids, Placement, Plan, Residency
@@ -48,6 +49,7 @@ class Stakes(NamedTuple):
 
     worth: Seconds  # (layers * experts,) of having each expert on the accelerator
     given_up: Seconds  # (m,) of the experts there that make way once it is full, the first to go first
+    freshening: Freshening | None = None  # what a layer shows changes what its experts are worth first
 
 
 def place_by_finish(
@@ -61,7 +63,10 @@ def place_by_finish(
 
     ``counts`` (experts,) window tokens of each. Without ``stakes`` only this layer counts.
     """
-    placed = native.place(layer, counts, residency, costs, stakes)
+    placer = native.placer(residency, costs, stakes)
+    if placer is None and stakes is not None and stakes.freshening is not None:
+        freshen_in_python(layer, counts, stakes.freshening, stakes.worth)
+    placed = placer(layer, counts) if placer is not None else None
     ids, there = placed or place_in_python(layer, counts, residency, costs, stakes)
     return Placement(host=ids[there:], accelerator=ids[:there], prefetch=_NOTHING)
 

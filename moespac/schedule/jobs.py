@@ -83,10 +83,9 @@ class Jobs:
 
     def _release(self, job: _Job) -> None:
         ticket, tier, experts, tokens, costs = job
-        tier.release_all(experts)
         if ticket.error is not None:
+            tier.release_all(experts)
             self._error = ticket.error
             return
         self._clock.add("accelerator_experts", ticket.seconds)
-        each = max(1, round(tokens / len(experts)))
-        costs.observe_accelerator(each, ticket.seconds / len(experts))
+        tier.job_is_over(experts, tokens, ticket.seconds, costs)

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.policy.base import TierName
-from moespac.policy.cost import CostModel
-from moespac.schedule.at_hand import NOTHING, Hits, Share
+from moespac.policy.cost import CostModel, Seconds
+from moespac.schedule.at_hand import NOTHING, Hits, Share, Taken
 from moespac.schedule.jobs import Jobs
-from moespac.schedule.memory import ExpertMemory, Retention
+from moespac.schedule.memory import ExpertMemory, Retention, turns
 from moespac.schedule.ports import Devices
 from moespac.schedule.stats import PassClock
 from moespac.schedule.tiers import Tier
@@ -38,12 +38,7 @@ class Side:
         """What is resident already is pinned, so that fetching the rest cannot evict it."""
         if not self.needed.size:
             return
-        there = self.tier.ready[self.needed]
-        resident = self.needed
-        if False in there.tolist():
-            resident, self.missing = self.needed[there], self.needed[~there].tolist()
-        self.tier.pin_all(resident)
-        self.ready = resident.tolist()
+        self.ready, self.missing = self.tier.sort_out(self.needed)
 
     def arrived(self, expert: int) -> None:
         if expert in self.flying:
@@ -113,9 +108,14 @@ class LayerRun:
 
         Raises StorageError or CheckpointError when an expert cannot be had; nothing stays pinned then.
         """
-        hits, host, accelerator = self._memory.at_hand.take(placement, self._counts, self._first_id)
+        taken = self._memory.at_hand.take(placement, self._counts, self._first_id)
+        return self.execute_taken(placement, taken, retention)
+
+    def execute_taken(self, placement: Placement, taken: Taken, retention: Retention) -> Hits:
+        """``execute`` of what has been taken already, as far as it could be."""
+        hits, host, accelerator = taken
         if host is None or accelerator is None:
-            self._fetch_and_compute(placement, retention)
+            self._fetch_and_compute(placement, hits, retention)
         else:
             self._compute(host, accelerator, retention)
         if not self._devices.in_order and self._jobs.in_flight:
@@ -137,8 +137,7 @@ class LayerRun:
                 accelerator = NOTHING  # its pins now belong to the job
             memory.pump(retention)
             if host.experts.size:
-                self._run_on_host(host.experts, host.slots, host.tokens)
-                memory.host.release_all(host.experts)
+                self._compute_share(host)
                 host = NOTHING
                 memory.settle()
                 jobs.reap()
@@ -152,9 +151,19 @@ class LayerRun:
             if accelerator.experts.size and memory.accelerator is not None:
                 memory.accelerator.release_all(accelerator.experts)
 
+    def _compute_share(self, share: Share) -> None:
+        """The host's; it is released."""
+        copying = self._memory.copying
+        seconds = self._run_on_host(share.experts, share.slots)
+        if copying:
+            self._learn(share.experts, seconds, copying)
+            self._memory.host.release_all(share.experts)
+        else:
+            self._memory.at_hand.computed(share, seconds, self._costs)
+
     # ---- something is missing --------------------------------------------------------------------------
 
-    def _fetch_and_compute(self, placement: Placement, retention: Retention) -> None:
+    def _fetch_and_compute(self, placement: Placement, hits: Hits, retention: Retention) -> None:
         host = Side(self._memory.host, placement.host)
         sides: dict[TierName, Side] = {"host": host}
         device = None
@@ -169,6 +178,10 @@ class LayerRun:
         else:
             assert placement.accelerator.size == 0, "no accelerator to compute on"
         try:
+            copies = hits.host == placement.host.size and hits.accelerator < placement.accelerator.size
+            if not (copies and device and self._copy_and_compute(placement, host, device, retention)):
+                for side in sides.values():
+                    side.sort_out()
             self._run(sides, host, device, retention)
         except BaseException:
             self._jobs.finish()
@@ -178,11 +191,34 @@ class LayerRun:
                 if side.ready:
                     side.tier.release_all(np.array(side.ready))
 
+    def _copy_and_compute(self, placement: Placement, host: Side, device: Side, retention: Retention) -> bool:
+        """The first turn of ``_run``, in few native calls, where nothing is in flight and all that is missing are
+        copies. False: that is not so, and nothing was done."""
+        memory = self._memory
+        if memory.flying or placement.load.size:
+            return False
+        self._jobs.reap()
+        worth = turns(retention, "accelerator")
+        found = memory.at_hand.take_and_reserve(placement, self._counts, self._first_id, worth)
+        if found is None:
+            return False
+        mine, its, copies, device.missing = found
+        host.ready, device.ready = mine.experts.tolist(), its.experts.tolist()
+        device.flying = {expert for expert, _, _ in copies}
+        memory.copy_all(copies)
+        if device.ready:
+            device.ready = []  # their pins now belong to the job
+            self._launch_job(its.experts, its.slots, its.total)
+        if not device.missing:
+            memory.pump(retention)
+        if host.ready:
+            self._compute_share(mine)
+            host.ready = []
+        return True
+
     def _run(
         self, sides: dict[TierName, Side], host: Side, device: Side | None, retention: Retention
     ) -> None:
-        for side in sides.values():
-            side.sort_out()
         while True:
             seen = self._memory.bell.count()
             for name, expert in self._memory.settle():
@@ -190,6 +226,8 @@ class LayerRun:
             self._jobs.reap()
             released = False
             if device is not None:
+                if device.missing and not self._memory.flying:
+                    self._begin_copies(device, retention)
                 device.fetch(self._memory.demand_accelerator, retention, near=self._memory.host.ready)
                 released = self._launch(device)
             host.fetch(self._memory.demand_host, retention)
@@ -205,11 +243,22 @@ class LayerRun:
             else:
                 return
 
+    def _begin_copies(self, side: Side, retention: Retention) -> None:
+        """What ``fetch`` does first, of all that are in host memory at once."""
+        near, landed = self._memory.host.ready, side.tier.ready
+        there = [expert for expert in side.missing if near[expert] and not landed[expert]]
+        if there:
+            begun = there[: self._memory.begin_copies(there, retention)]
+            side.flying.update(begun)
+            side.missing = [expert for expert in side.missing if expert not in side.flying]
+
     def _compute_on_host(self, side: Side) -> None:
         """All that are ready; but while others wait for a slot, only as many as run at once, to release theirs."""
         most = self._devices.host_threads if side.missing else len(side.ready)
         experts = np.array(side.ready[:most])
-        self._run_on_host(experts, side.tier.slots_of[experts], self._tokens(experts))
+        copying = self._memory.copying
+        seconds = self._run_on_host(experts, side.tier.slots_of[experts])
+        self._learn(experts, seconds, copying)
         del side.ready[:most]
         side.tier.release_all(experts)
 
@@ -226,21 +275,22 @@ class LayerRun:
         if side.ready:
             experts = np.array(side.ready)
             side.ready = []  # their pins now belong to the job
-            self._launch_job(experts, side.tier.slots_of[experts], int(self._tokens(experts).sum()))
+            self._launch_job(experts, *side.tier.look_up(experts, self._counts, self._first_id))
         return released
 
     # ---- either way ------------------------------------------------------------------------------------
 
-    def _run_on_host(
-        self, experts: NDArray[np.int64], slots: NDArray[np.int64], tokens: NDArray[np.int64]
-    ) -> None:
-        copying = self._memory.copying
+    def _run_on_host(self, experts: NDArray[np.int64], slots: NDArray[np.int64]) -> Seconds:
+        """What each took."""
         with self._clock.measure("host_experts", self._names(experts)):
-            seconds = self._devices.compute_on_host(experts, slots)
+            return self._devices.compute_on_host(experts, slots)
+
+    def _learn(self, experts: NDArray[np.int64], seconds: Seconds, copying: bool) -> None:
+        """``copying``: whether a copy ran when they began."""
         if not copying:
-            self._costs.observe_host_experts(tokens, seconds)
+            self._costs.observe_host_experts(self._tokens(experts), seconds)
         elif self._memory.copying:
-            self._costs.observe_host_experts_beside_copy(tokens, seconds)
+            self._costs.observe_host_experts_beside_copy(self._tokens(experts), seconds)
 
     def _launch_job(self, experts: NDArray[np.int64], slots: NDArray[np.int64], tokens: int) -> None:
         assert self._memory.accelerator is not None

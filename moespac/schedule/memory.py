@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from moespac.config import MemoryConfig
-from moespac.policy.base import Policy, TierName
+from moespac.policy.base import Policy, TierName, Turns
 from moespac.policy.cost import CostModel
 from moespac.schedule.at_hand import AtHand
 from moespac.schedule.ports import Bell, Mover, Ticket
@@ -42,6 +42,18 @@ class LayerRetention:
         if tier not in asked:
             asked[tier] = self._policy.retention(tier, self._layer)
         return asked[tier]
+
+    def turns(self, tier: TierName) -> Turns:
+        return self._policy.turns(tier, self._layer) or _in_one_piece(self(tier))
+
+
+def turns(retention: Retention, tier: TierName) -> Turns:
+    return retention.turns(tier) if isinstance(retention, LayerRetention) else _in_one_piece(retention(tier))
+
+
+def _in_one_piece(values: NDArray[np.float64]) -> Turns:
+    values = np.ascontiguousarray(values, np.float64)
+    return Turns(values, values, 0)
 
 
 @dataclass
@@ -158,6 +170,28 @@ class ExpertMemory:
             self.demand_host(expert, retention)
             return False
         return self._copy(expert, retention, speculative=False)
+
+    def begin_copies(self, experts: list[int], retention: Retention) -> int:
+        """``demand_accelerator`` for experts that are all in host memory, while nothing is in flight; returns how
+        many are on their way, the first ones. The others are to be asked for later."""
+        assert self.accelerator is not None and not self._flights
+        places = self.accelerator.reserve_all(experts, self.host, turns(retention, "accelerator"))
+        self.copy_all([(expert, *where) for expert, where in zip(experts, places, strict=False)])
+        return len(places)
+
+    def copy_all(self, copies: list[tuple[int, int, int]]) -> None:
+        """Experts that a layer waits for, the slot that is reserved for each, and that in host memory, pinned."""
+        tier, link = self.accelerator, self.link
+        assert tier is not None and link is not None
+        for expert, slot, source in copies:
+            ticket = link.move(expert, slot, source, speculative=False)
+            flight = Flight(tier, expert, ticket, demanded=True, load=1)
+            self._flights["accelerator", expert] = flight
+
+    @property
+    def flying(self) -> bool:
+        """Whether anything is in flight."""
+        return bool(self._flights)
 
     def settle(self) -> list[tuple[TierName, int]]:
         """Enter the completed flights in the books; returns what has become ready.

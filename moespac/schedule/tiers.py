@@ -13,8 +13,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from moespac.experts.kernels.library import Shelf, address, load_library
-from moespac.policy.base import TierName
+from moespac.experts.kernels.library import Retention as NativeRetention
+from moespac.experts.kernels.library import Shelf, address, known_address, load_library
+from moespac.policy.base import TierName, Turns
+from moespac.policy.cost import CostModel
 
 FREE, FILLING, READY = 0, 1, 2
 NOWHERE = -1
@@ -60,7 +62,8 @@ class Tier:
         self._free = np.arange(self.slots - 1, -1, -1, dtype=np.int64)  # the first ``_counts[0]`` of them
         self._counts = np.array([self.slots, 0], dtype=np.int64)  # slots free; the most that were in use
         self._library = load_library()
-        self._shelf = Shelf(address(self.ready), address(self._slot_of), address(self._pins))
+        self._shelf = Shelf(slots, *(address(part) for part in self.books))
+        self._worth = NativeRetention()
         self.shelf_address = ctypes.addressof(self._shelf)  # for native code that pins: it stays where it is
 
     @property
@@ -107,6 +110,68 @@ class Tier:
         self.filling[expert] = True
         self._counts[1] = max(self._counts[1], self.slots - free)
         return True
+
+    def reserve_all(self, experts: list[int], source: Tier, retention: Turns) -> list[tuple[int, int]]:
+        """``reserve`` one after the other, as far as there are slots, for records that are ready in ``source`` and
+        are pinned there; returns the slot of each, and that in ``source``."""
+        if self._library is None:
+            return self.reserve_all_in_python(experts, source, retention)
+        count, ids = len(experts), np.array(experts, np.int64)
+        where = np.empty((2, count), np.int64)
+        first = address(where)
+        taken = self._library.moespac_reserve(
+            *(self.shelf_address, source.shelf_address, address(ids), count),
+            *(self.native_retention(retention), first, first + 8 * count),
+        )
+        assert taken >= 0, "what is copied is ready, and has no slot"
+        slots, sources = where.tolist()
+        return list(zip(slots[:taken], sources, strict=False))
+
+    def native_retention(self, turns: Turns) -> int:
+        """Where native code finds it, until this is asked again."""
+        worth = self._worth
+        worth.ran, worth.to_come = known_address(turns.ran), known_address(turns.to_come)
+        worth.first = turns.first
+        return ctypes.addressof(worth)
+
+    def reserve_all_in_python(
+        self, experts: list[int], source: Tier, retention: Turns
+    ) -> list[tuple[int, int]]:
+        values = np.concatenate([retention.ran[: retention.first], retention.to_come[retention.first :]])
+        places = []
+        for expert in experts:
+            if not self.reserve(expert, values):
+                break
+            source.pin(expert)
+            places.append((self.slot(expert), source.slot(expert)))
+        return places
+
+    def sort_out(self, experts: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+        """Those that are ready, in their order, are pinned; the others, in theirs."""
+        if self._library is None:
+            there = self.ready[experts]
+            resident = experts[there]
+            self.pin_all(resident)
+            return resident.tolist(), experts[~there].tolist()
+        found = np.empty_like(experts)
+        ready = self._library.moespac_sort_out(
+            self.shelf_address, address(experts), experts.size, address(found)
+        )
+        every = found.tolist()
+        return every[:ready], every[ready:]
+
+    def look_up(
+        self, experts: NDArray[np.int64], counts: NDArray[np.int64], first_id: int
+    ) -> tuple[NDArray[np.int64], int]:
+        """Their slots, and the tokens of all together; ``counts`` are those of the experts from ``first_id`` on."""
+        if self._library is None:
+            return self._slot_of[experts], int(counts[experts - first_id].sum())
+        slots = np.empty_like(experts)
+        tokens = self._library.moespac_look_up(
+            *(self.shelf_address, address(experts), experts.size),
+            *(known_address(counts), first_id, address(slots)),
+        )
+        return slots, tokens
 
     def commit(self, expert: int) -> None:
         """The bytes of a filling slot are complete."""
@@ -160,6 +225,19 @@ class Tier:
         all_pinned = self._library.moespac_release(self.shelf_address, address(experts), experts.size)
         assert all_pinned, "only pinned records are released"
 
+    def job_is_over(self, experts: NDArray[np.int64], tokens: int, seconds: float, costs: CostModel) -> None:
+        """A job of the accelerator's took so long over ``experts``, with so many ``tokens`` together: that is
+        learned, and they are released."""
+        if self._library is None:
+            costs.observe_accelerator(max(1, round(tokens / len(experts))), seconds / len(experts))
+            self.release_all(experts)
+            return
+        assert experts.dtype == np.int64
+        all_pinned = self._library.moespac_job_is_over(
+            self.shelf_address, address(experts), experts.size, costs.accelerator_curve, tokens, seconds
+        )
+        assert all_pinned, "only pinned records are released"
+
     def shrink(self, slots: int, retention: NDArray[np.float64]) -> list[Move]:
         """Go on with the first ``slots`` slots, 1 or more: the least retained records go, and those that stay in a
         slot beyond move to a free one. Nothing is filling or pinned. The bytes are the caller's to move, at once.
@@ -183,9 +261,11 @@ class Tier:
         self._expert_in = self._expert_in[:slots].copy()
         self._state = self._state[:slots].copy()
         self._pins = self._pins[:slots].copy()
-        self._shelf.pins = address(self._pins)
         free_now = np.flatnonzero(self._state == FREE)[::-1]
         self._free[: free_now.size], self._counts[0] = free_now, free_now.size
+        shelf = self._shelf
+        shelf.slots, shelf.expert_in = slots, address(self._expert_in)
+        shelf.state, shelf.pins = address(self._state), address(self._pins)
         return moves
 
     def check_integrity(self) -> None:
@@ -211,9 +291,7 @@ class Tier:
     def _victim(self, retention: NDArray[np.float64]) -> int:
         if self._library is None or retention.dtype != np.float64:
             return self._victim_in_python(retention)
-        books = (address(part) for part in (self._state, self._pins, self._expert_in))
-        slot = self._library.moespac_victim(*books, self.slots, READY, address(retention))
-        return NOWHERE if slot < 0 else int(self._expert_in[slot])
+        return self._library.moespac_victim(self.shelf_address, address(retention))
 
     def _victim_in_python(self, retention: NDArray[np.float64]) -> int:
         evictable = np.flatnonzero((self._state == READY) & (self._pins == 0))

@@ -23,7 +23,7 @@ def test_parts_their_sum_and_the_aim(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     def measured(windows: list[int]) -> list[HostTime]:
         asked.append(windows)
-        return [HostTime(trunk=10.0, decide=41.0 * size, dispatch=30.5) for size in windows]
+        return [HostTime(10.0, 41.0 * size, 30.5, (99.6 * size, 120.0)) for size in windows]
 
     monkeypatch.setattr(host_path, "measure", measured)
     file = tmp_path / "path.json"
@@ -33,10 +33,13 @@ def test_parts_their_sum_and_the_aim(tmp_path: Path, monkeypatch: pytest.MonkeyP
     cells = [line.replace("│", " ").replace("┃", " ").split() for line in result.output.splitlines()]
     assert ["us", "per", "layer", "1", "token", "4", "tokens"] in cells
     assert ["total", "82", "204"] in cells and ["aim", "150", "150"] in cells
+    assert ["total", "with", "1", "copy", "100", "398"] in cells
+    assert ["total", "with", "3", "copies", "120", "120"] in cells
     found = json.loads(file.read_text())
     assert found["aim"] == HostPathConfig().aim
     assert found["us_per_layer"][1] == {
         "tokens": 4, "trunk": 10.0, "decide": 164.0, "dispatch": 30.5, "total": 204.5,
+        "copying": {"1": 398.4, "3": 120.0},
     }  # fmt: skip
 
 
@@ -46,6 +49,7 @@ def test_every_part_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     (time,) = host_path.measure([3], accelerator="25%", passes=2)
     assert time.trunk > 0 and time.decide > 0
     assert time.total == pytest.approx(time.trunk + time.decide + time.dispatch)
+    assert all(spent > time.trunk for spent in time.copying) and len(time.copying) == len(host_path.COPIES)
 
 
 @pytest.mark.parametrize("windows", ["", "0", "1,18", "one", "1,,2", "2.5"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,14 +12,28 @@ import pytest
 import moespac
 from moespac.experts import groups
 from moespac.experts.kernels.library import load_library
-from moespac.policy import native_samples
+from moespac.policy import cost
+from moespac.policy import native as policy_native
+from moespac.policy.cost import CostModel
 from moespac.schedule import at_hand, tiers
-from moespac.schedule.at_hand import AtHand
+from moespac.schedule.at_hand import AtHand, Taken
+from moespac.schedule.tiers import Tier
 from moespac.types import Observation
 from tests.families import save_checkpoint
 from tests.schedule.test_at_hand import InTheLoop
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="no native code on this machine")
+
+
+def keep_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured differs from run to run, and what is decided follows from it."""
+    for name in [name for name in vars(CostModel) if name.startswith("observe_")]:
+        monkeypatch.setattr(CostModel, name, lambda self, *measured: None)
+    monkeypatch.setattr(CostModel, "start_from", lambda self, measured: None)
+    monkeypatch.setattr(
+        AtHand, "computed", lambda self, share, *took: self._tiers[0].release_all(share.experts)
+    )
+    monkeypatch.setattr(Tier, "job_is_over", lambda self, experts, *took: self.release_all(experts))
 
 
 def run(path: Path, policy: str, drafts: int) -> tuple:
@@ -38,16 +53,26 @@ def run(path: Path, policy: str, drafts: int) -> tuple:
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("policy", ["lru", "mixtral-offloading"])
+@pytest.mark.parametrize("policy", ["lru", "mixtral-offloading", "moe-spac"])
 def test_both_do_the_same(family: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keep_costs(monkeypatch)
     path = save_checkpoint(family, tmp_path)
-    taken = []
-    take = AtHand.take
+    taken: list[Taken] = []
+    placed: list[Taken] = []
+    take, place_and_take = AtHand.take, AtHand.place_and_take
+
+    def note(self: AtHand, *given: Any) -> Any:
+        placement, found = place_and_take(self, *given)
+        placed.append(found)
+        return placement, found
+
     monkeypatch.setattr(AtHand, "take", lambda *given: taken.append(take(*given)) or taken[-1])
+    monkeypatch.setattr(AtHand, "place_and_take", note)
     native = run(path, policy, drafts=2)
-    at_once = sum(found.host is not None for found in taken)
-    assert 0 < at_once < len(taken), "some layers are at hand, and some miss something"
+    at_once = sum(found.host is not None for found in taken + placed)
+    assert 0 < at_once < len(taken + placed), "some layers are at hand, and some miss something"
+    assert bool(placed) == (policy == "moe-spac") and len(placed) < len(taken + placed)
     monkeypatch.setattr(AtHand, "take", InTheLoop.take)
-    for module in (groups, at_hand, tiers, native_samples):
+    for module in (groups, at_hand, tiers, cost, policy_native):
         monkeypatch.setattr(module, "load_library", lambda: None)
     assert run(path, policy, drafts=2) == native

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from moespac.config import CostConfig
 from moespac.experts.kernels.library import load_library
-from moespac.policy.cost import CostModel, MeasuredCosts, _Samples
+from moespac.policy.cost import CostModel, MeasuredCosts, _Curve
 
 MEGABYTE = 1 << 20
 
@@ -114,17 +114,25 @@ def test_a_curve_follows_many_measurements_at_a_time() -> None:
 @given(
     st.lists(
         st.lists(st.tuples(st.integers(1, 5000), st.floats(1e-7, 10)), min_size=1, max_size=30), max_size=9
-    )
+    ),
+    st.dictionaries(st.sampled_from([1, 3, 8, 17, 500]), st.floats(1e-7, 10), max_size=3),
+    st.integers(2, 9),
 )
-def test_both_enter_the_same_samples(batches: list[list[tuple[int, float]]]) -> None:
-    there = 1e-3 + 4e-4 * (2.0 ** np.arange(9) - 1)
-    native, python, one_by_one = (_Samples(1e-3, 4e-4, there, 5) for _ in range(3))
+def test_both_draw_the_same_curve(
+    batches: list[list[tuple[int, float]]], measured: dict[int, float], buckets: int
+) -> None:
+    config = CostConfig(samples=5, buckets=buckets, redraw=7)
+    native, python = (_Curve(1e-3, 4e-4, config) for _ in range(2))
+    python._library = None
+    for curve in (native, python):
+        if measured:
+            curve.start_from(measured)
     for batch in batches:
         tokens, seconds = (np.array(column) for column in zip(*batch, strict=True))
-        native.add(tokens, np.stack([seconds, seconds], axis=1)[:, 0])  # not contiguous
-        python.add_in_python(tokens, seconds)
-        for count, spent in batch:
-            one_by_one.add_one(count, spent)
-    for other in (python, one_by_one):
-        np.testing.assert_array_equal(native._latest, other._latest)
-        assert native.medians() == other.medians()
+        native.observe(tokens, np.stack([seconds, seconds], axis=1)[:, 0])  # not contiguous
+        python.observe(tokens, seconds)
+        np.testing.assert_array_equal(native._latest, python._latest)
+        np.testing.assert_array_equal(native.table(), python.table())
+        far = np.array([1, 64, 1000, 10**6])
+        np.testing.assert_array_equal(native(far), python(far))
+    assert (native._state.measured, native._state.due) == (python._state.measured, python._state.due)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from moespac.config import CostConfig, PolicyConfig
 from moespac.experts.kernels.library import load_library
 from moespac.policy import native
-from moespac.policy.balance import SavedSeconds, freshen_in_python
+from moespac.policy.balance import Freshening, SavedSeconds, freshen_in_python
 from moespac.policy.cost import CostModel
 from moespac.policy.planner import MoeSpacPolicy
 from moespac.policy.split import Stakes, place_in_python
@@ -45,7 +45,9 @@ def test_both_place_alike(seed: int, slots: int, stakes: str) -> None:
         )
         at_stake = Stakes(worth, np.sort(worth[now.accelerator.ravel()]))
     for layer in range(SHAPE.layers):
-        placed = native.place(layer, counts, now, costs, at_stake)
+        placer = native.placer(now, costs, at_stake)
+        assert placer is not None and placer is native.placer(now, costs, at_stake)
+        placed = placer(layer, counts)
         assert placed is not None
         order, there = place_in_python(layer, counts, now, costs, at_stake)
         np.testing.assert_array_equal(placed[0], order)
@@ -57,13 +59,17 @@ def test_both_freshen_alike(seed: int, tokens: float, step: float) -> None:
     rng = np.random.default_rng(seed)
     curve = SavedSeconds(rng.uniform(1, 9), _costs(rng), passes=7)
     counts = np.minimum(rng.integers(0, 9, SHAPE.experts), int(tokens))
-    lasting, saved = rng.uniform(0, 1, SHAPE.total).astype(np.float32), np.zeros(SHAPE.total)
-    mine = slice(SHAPE.experts, 2 * SHAPE.experts)
-    expected, worth = lasting.copy(), saved.copy()
-    freshen_in_python(counts, tokens, step, curve, expected[mine], worth[mine])
-    assert native.freshen(1, counts, tokens, step, curve.curve, lasting, saved)
-    np.testing.assert_array_equal(lasting, expected)
-    np.testing.assert_array_equal(saved, worth)
+    lasting = rng.uniform(0, 1, SHAPE.total).astype(np.float32)
+    kinds = [(Freshening(tokens, step, curve, lasting.copy()), np.zeros(SHAPE.total)) for _ in range(3)]
+    (python, saved), (alone, saved_alone), (placing, saved_placing) = kinds
+    freshen_in_python(1, counts, python, saved)
+    assert native.freshen(1, counts, alone, saved_alone)
+    now = residency(Capacity(SHAPE.total, 9), rng, SHAPE)
+    placer = native.placer(now, _costs(rng), Stakes(saved_placing, np.zeros(0), placing))
+    assert placer is not None and placer(1, counts) is not None
+    for freshening, worth in kinds:
+        np.testing.assert_array_equal(freshening.lasting, python.lasting)
+        np.testing.assert_array_equal(worth, saved)
 
 
 def test_a_prefill_that_is_too_long_is_left_to_the_twin() -> None:
@@ -71,9 +77,10 @@ def test_a_prefill_that_is_too_long_is_left_to_the_twin() -> None:
     now = residency(Capacity(SHAPE.total, 30), rng, SHAPE)
     counts = np.zeros(SHAPE.experts, np.int64)
     counts[3] = 64
-    assert native.place(0, counts, now, _costs(rng), None) is None
+    placer = native.placer(now, _costs(rng), None)
+    assert placer is not None and placer(0, counts) is None
     counts[3] = 63
-    assert native.place(0, counts, now, _costs(rng), None) is not None
+    assert placer(0, counts) is not None
 
 
 def test_a_policy_decides_the_same_without_native_code(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moespac.config import PolicyConfig
+from moespac.experts.kernels.library import load_library
 from moespac.policy.cost import CostModel
 from moespac.policy.planner import MoeSpacPolicy
 from moespac.types import Capacity, Observation, Window
@@ -154,3 +155,33 @@ def test_levels_do_not_overrule_demand() -> None:
     assert set(with_levels.retention("host", -1).argsort()[-12:]) == set(
         without.retention("host", -1).argsort()[-12:]
     )
+
+
+def test_turns_are_what_is_retained() -> None:
+    capacity = Capacity(host=20, accelerator=6)
+    policy = _policy(capacity)
+    _teach(policy)
+    now = resident(capacity, range(20), range(6))
+    policy.plan(Window(np.array([2, 2]), drafted=1), now)
+    policy.place(0, np.bincount([0, 4, 5], minlength=SHAPE.experts), now)
+    assert policy.turns("host", 0) is None
+    for layer in (-1, 0, SHAPE.layers - 1):
+        turns = policy.turns("accelerator", layer)
+        assert turns is not None
+        whole = np.concatenate([turns.ran[: turns.first], turns.to_come[turns.first :]])
+        np.testing.assert_array_equal(whole, policy.retention("accelerator", layer))
+    assert not np.array_equal(policy.retention("accelerator", -1), policy.retention("accelerator", 0))
+
+
+def test_who_replaces_place_is_asked() -> None:
+    class Elsewhere(MoeSpacPolicy):
+        def place(self, layer, counts, residency):  # type: ignore[no-untyped-def]
+            return super().place(layer, counts, residency)
+
+    capacity = Capacity(host=20, accelerator=6)
+    now, counts = resident(capacity, range(20), range(6)), np.bincount([0, 4], minlength=SHAPE.experts)
+    for kind, native in ((MoeSpacPolicy, load_library() is not None), (Elsewhere, False)):
+        policy = kind(SHAPE, capacity, CostModel(CONFIG.cost, SHAPE.record_bytes), CONFIG)
+        assert policy.places(0, now) is None, "the first layer is placed by hand"
+        policy.place(0, counts, now)
+        assert (policy.places(1, now) is not None) == native

@@ -82,7 +82,7 @@ def _split(
     counts: np.ndarray, states: np.ndarray, costs: CostModel, slots: int, stakes: Stakes | None = None
 ) -> np.ndarray:
     """(n,) which experts the accelerator gets."""
-    worth, given_up = stakes or Stakes(np.zeros(len(counts)), np.zeros(0))
+    worth, given_up, _ = stakes or Stakes(np.zeros(len(counts)), np.zeros(0))
     copied = np.where(states >= State.HOST, worth, 0)
     return np.arange(len(counts)) < best_prefix(counts, states, costs, slots, Stakes(copied, given_up))
 

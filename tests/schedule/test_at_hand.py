@@ -9,14 +9,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from moespac.config import CostConfig
 from moespac.experts.kernels.library import load_library
 from moespac.experts.workers import Ticket
+from moespac.policy import native
+from moespac.policy.base import Turns
+from moespac.policy.cost import CostModel
+from moespac.policy.split import Stakes
 from moespac.schedule.at_hand import AtHand, Hits, Share, Taken
 from moespac.schedule.jobs import Jobs
 from moespac.schedule.layer import LayerRun
 from moespac.schedule.stats import PassClock
 from moespac.schedule.tiers import Tier
-from moespac.types import NO_IDS, Placement, Plan
+from moespac.types import NO_IDS, Capacity, Placement, Plan, Residency
 from tests.fakes import FakeStore
 from tests.schedule.real_workers import Memory
 
@@ -119,6 +124,85 @@ def test_both_choose_the_same_victim(ready, pinned, values) -> None:
     assert (victim in ready - pinned) == bool(ready - pinned)
 
 
+@needs_library
+@CALM
+@given(
+    ready=st.sets(st.integers(0, TOTAL - 1), max_size=EXPERTS),
+    pinned=st.sets(st.integers(0, TOTAL - 1)),
+    wanted=st.lists(st.integers(0, TOTAL - 1), unique=True, max_size=4),
+    first=st.integers(0, TOTAL),
+    values=st.lists(st.sampled_from([0.0, 1.0, 2.5, np.inf]), min_size=2 * TOTAL, max_size=2 * TOTAL),
+)
+def test_both_reserve_the_same(ready, pinned, wanted, first, values) -> None:
+    """Slots for copies of several: free ones, then those of the least retained, as far as there are any."""
+    retention = Turns(np.array(values[:TOTAL]), np.array(values[TOTAL:]), first)
+    told = []
+    for natively in (True, False):
+        source = Tier("host", TOTAL, 4096, TOTAL)
+        for expert in range(TOTAL):
+            source.reserve(expert, np.zeros(TOTAL))
+            source.commit(expert)
+        here = tier("accelerator", sorted(ready, key=lambda e: e * 5 % 7))
+        for expert in ready & pinned:
+            here.pin(expert)
+        missing = [expert for expert in wanted if expert not in ready]
+        if not natively:
+            here._library = None
+        places = here.reserve_all(missing, source, retention)
+        assert len(places) == min(len(missing), EXPERTS - len(ready & pinned))
+        here.check_integrity()
+        assert [expert for expert in range(TOTAL) if source._pins[source.slot(expert)]] == sorted(
+            missing[: len(places)]
+        )
+        books = here.books._replace(free=here.books.free[: here.books.counts[0]])
+        told.append((places, [part.tolist() for part in books], source._pins.tolist()))
+    assert told[0] == told[1]
+
+
+@needs_library
+@CALM
+@given(ready=of_layer, wanted=of_layer, seed=st.integers(0, 99))
+def test_both_sort_out_and_look_up_the_same(ready, wanted, seed) -> None:
+    counts = np.random.default_rng(seed).integers(1, 9, EXPERTS)
+    told = []
+    for natively in (True, False):
+        here = tier("accelerator", sorted(ready))
+        if not natively:
+            here._library = None
+        resident, missing = here.sort_out(ids(wanted))
+        assert (set(resident), set(missing)) == (wanted & ready, wanted - ready)
+        slots, tokens = here.look_up(np.array(resident, np.int64), counts, EXPERTS)
+        told.append((resident, missing, slots.tolist(), tokens, here._pins.tolist()))
+    assert told[0] == told[1]
+
+
+@needs_library
+@CALM
+@given(on_host=of_layer, on_device=of_layer, active=of_layer, seed=st.integers(0, 99))
+def test_placing_and_taking_in_one_call_is_one_after_the_other(on_host, on_device, active, seed) -> None:
+    rng = np.random.default_rng(seed)
+    counts = np.zeros(EXPERTS, np.int64)
+    counts[[expert - EXPERTS for expert in active]] = rng.integers(1, 9, len(active))
+    told = []
+    for at_once in (True, False):
+        tiers = [tier("host", sorted(on_host)), tier("accelerator", sorted(on_device))]
+        grids = [one.reshape(LAYERS, EXPERTS) for part in tiers for one in (part.ready, part.filling)]
+        now = Residency(grids[0], grids[2], grids[1], grids[3], Capacity(EXPERTS, EXPERTS))
+        worth = np.random.default_rng(seed).uniform(0, 1e-3, TOTAL)
+        placer = native.placer(now, CostModel(CostConfig(), 1 << 20), Stakes(worth, np.zeros(2)))
+        at_hand = AtHand(*tiers, EXPERTS)
+        assert placer is not None
+        if at_once:
+            placement, taken = at_hand.place_and_take(placer.address, counts, EXPERTS)
+        else:
+            order, there = placer(1, counts)  # type: ignore[misc]
+            placement = Placement(order[there:], order[:there])
+            taken = at_hand.take_in_python(placement, counts, EXPERTS)
+        placed = placement.host.tolist(), placement.accelerator.tolist()
+        told.append((placed, plain(taken), [part._pins.tolist() for part in tiers]))
+    assert told[0] == told[1]
+
+
 # ---- the turn and the loop ----------------------------------------------------------------------------------
 
 
@@ -156,6 +240,9 @@ class InTheLoop(AtHand):
                 tier.release_all(share.experts)
         return Taken(taken.hits, None, None)
 
+    def take_and_reserve(self, *given: object) -> None:
+        return None
+
 
 @needs_library
 @CALM
@@ -165,18 +252,21 @@ class InTheLoop(AtHand):
     ahead=st.lists(st.integers(0, TOTAL - 1), unique=True, max_size=5),
     copied_ahead=st.lists(st.integers(0, EXPERTS - 1), unique=True, max_size=3),
     in_order=st.booleans(),
+    slots=st.integers(2, EXPERTS),
     seed=st.integers(0, 99),
 )
-def test_one_turn_does_what_the_loop_does(layers, there, ahead, copied_ahead, in_order, seed) -> None:
-    """The second layer, several times: who computes what, what moves meanwhile, what is learned."""
+def test_one_turn_does_what_the_loop_does(layers, there, ahead, copied_ahead, in_order, slots, seed) -> None:
+    """The second layer, several times: who computes what, what is copied for it, and what moves meanwhile, what is
+    learned."""
     told = []
     values = np.random.default_rng(seed).permutation(TOTAL).astype(float)
     for kind in (AtHand, InTheLoop):
-        memory = Memory(FakeStore(LAYERS, EXPERTS), TOTAL, EXPERTS, asynchronous=False)
+        memory = Memory(FakeStore(LAYERS, EXPERTS), TOTAL, slots, asynchronous=False)
         memory.at_hand = kind(memory.host, memory.accelerator, EXPERTS)
         if kind is InTheLoop:
             for one in memory.tiers:
                 one._library = None
+            memory.begin_copies = lambda *given: 0  # they are asked for one by one
         for expert in range(EXPERTS, TOTAL):
             memory.demand_host(expert, lambda tier: values)
         for expert in sorted(there):
@@ -187,7 +277,7 @@ def test_one_turn_does_what_the_loop_does(layers, there, ahead, copied_ahead, in
         jobs, hits = Jobs(memory.bell, clock), []
         for host, device in layers:
             counts = np.random.default_rng(seed).integers(1, 40, EXPERTS)
-            placement = Placement(ids(host), ids((device & there) - host))
+            placement = Placement(ids(host), ids(device - host))
             memory.follow(Plan(np.array(ahead, np.int64), np.array(copied_ahead, np.int64)))
             run = LayerRun(memory, devices, memory._costs, clock, jobs, counts, first_id=EXPERTS)
             hits.append(run.execute(placement, lambda tier: values))
@@ -197,9 +287,33 @@ def test_one_turn_does_what_the_loop_does(layers, there, ahead, copied_ahead, in
         assert not any(tier._pins.any() for tier in memory.tiers)
         curves = [curve.tolist() for curve in memory._costs.tables()]
         resident = [np.flatnonzero(tier.ready).tolist() for tier in memory.tiers]
-        told.append((devices.asked, hits, resident, memory.store.reads, curves, sorted(clock.seconds)))
+        causes = clock.seconds.keys() - {"wait_for_experts"}  # the loop waits for what is there already
+        told.append((devices.asked, hits, resident, memory.store.reads, curves, causes))
         memory.close()
     assert told[0] == told[1]
+
+
+def test_a_copy_ahead_that_lands_as_its_layer_begins_is_not_made_again() -> None:
+    memory = Memory(FakeStore(LAYERS, EXPERTS), TOTAL, EXPERTS, asynchronous=False)
+    values = np.zeros(TOTAL)
+    for expert in range(EXPERTS):
+        memory.demand_host(expert, lambda tier: values)
+    memory.settle()
+    memory.follow(Plan(accelerator=np.array([2])))
+    memory.pump(lambda tier: values)
+    assert memory.flying, "it is there, and nobody has looked yet"
+    devices, jobs = Devices(memory, in_order=True), Jobs(memory.bell, PassClock())
+    counts = np.ones(EXPERTS, np.int64)
+    run = LayerRun(memory, devices, memory._costs, PassClock(), jobs, counts, first_id=0)
+    run.execute(Placement(np.array([0]), np.array([2, 3])), lambda tier: values)
+    jobs.finish()
+    memory.check_integrity()
+    assert sorted(e for device, experts, *_ in devices.asked if device == "accelerator" for e in experts) == [
+        2,
+        3,
+    ]
+    assert memory.bytes_read["link"] == 2 * memory.shape.record_bytes
+    memory.close()
 
 
 def test_a_host_that_fails_leaves_nothing_pinned() -> None:

@@ -15,6 +15,8 @@ from moespac.engine.engine import Engine
 from moespac.policy.base import Policy
 from moespac.policy.cost import CostModel
 from moespac.policy.registry import make_policy
+from moespac.schedule.at_hand import AtHand
+from moespac.schedule.tiers import Tier
 from moespac.sim import simulator
 from moespac.sim.hardware import find_profile
 from moespac.sim.shapes import read_model
@@ -31,6 +33,10 @@ def _costs_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in vars(CostModel) if name.startswith("observe_")]:
         monkeypatch.setattr(CostModel, name, lambda self, *measured: None)
     monkeypatch.setattr(CostModel, "start_from", lambda self, measured: None)
+    monkeypatch.setattr(
+        AtHand, "computed", lambda self, share, *took: self._tiers[0].release_all(share.experts)
+    )
+    monkeypatch.setattr(Tier, "job_is_over", lambda self, experts, *took: self.release_all(experts))
 
 
 def logged(policy: Policy) -> Log:

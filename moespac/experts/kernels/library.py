@@ -147,7 +147,17 @@ class HostMemory(ctypes.Structure):
 class Shelf(ctypes.Structure):
     """``Shelf`` of dispatch.c."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("ready", "slot_of", "pins")]
+    _fields_ = [
+        ("slots", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("ready", "filling", "slot_of")),
+        *((name, ctypes.c_void_p) for name in ("expert_in", "state", "pins", "free", "counts")),
+    ]
+
+
+class Retention(ctypes.Structure):
+    """``Retention`` of dispatch.c."""
+
+    _fields_ = [*((name, ctypes.c_void_p) for name in ("ran", "to_come")), ("first", ctypes.c_int64)]
 
 
 class Share(ctypes.Structure):
@@ -160,13 +170,38 @@ class Share(ctypes.Structure):
     ]
 
 
-class Samples(ctypes.Structure):
-    """``Samples`` of costs.c."""
+class Curve(ctypes.Structure):
+    """``Curve`` of costs.h."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("buckets", "samples")),
-        *((name, ctypes.c_double) for name in ("first", "further")),
-        *((name, ctypes.c_void_p) for name in ("there", "latest", "seen")),
+        *((name, ctypes.c_int64) for name in ("buckets", "samples", "entries", "redraw", "measured", "due")),
+        *((name, ctypes.c_double) for name in ("first", "further", "far")),
+        *((name, ctypes.c_void_p) for name in ("shape", "prior", "latest", "seen", "seconds", "table")),
+    ]
+
+
+class Showing(ctypes.Structure):
+    """``Showing`` of place.h."""
+
+    _fields_ = [
+        ("tokens", ctypes.c_double),
+        ("step", ctypes.c_float),
+        ("curve", ctypes.c_void_p),
+        ("steps", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("lasting", "saved")),
+    ]
+
+
+class Places(ctypes.Structure):
+    """``Places`` of place.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("total", "experts", "slots")),
+        *((name, ctypes.c_void_p) for name in ("host", "accelerator", "arriving")),
+        *((name, ctypes.c_void_p) for name in ("by_host", "by_accelerator", "rates", "worth", "given_up")),
+        ("victims", ctypes.c_int64),
+        ("showing", ctypes.c_void_p),
+        ("active", ctypes.c_int64),
     ]
 
 
@@ -202,11 +237,8 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_decoder_new": (_POINTER, [_POINTER, ctypes.c_int, ctypes.c_char_p]),
     "moespac_decoder_free": (None, [_POINTER]),
     "moespac_join": (None, [_POINTER, _POINTER, _INT64, _INT64, _INT64, _POINTER]),
-    "moespac_place": (_INT64, [_POINTER]),
-    "moespac_freshen": (
-        None,
-        [_POINTER, _INT64, ctypes.c_double, ctypes.c_float, _POINTER, _INT64, _POINTER, _POINTER],
-    ),
+    "moespac_place": (_INT64, [_POINTER, _INT64, _POINTER, _POINTER]),
+    "moespac_freshen": (None, [_POINTER, _INT64, _INT64, _POINTER]),
     "moespac_reads_new": (_POINTER, [ctypes.c_int, _POINTER, _POINTER, *[_INT64] * 4]),
     "moespac_reads_free": (None, [_POINTER]),
     "moespac_reads_serve": (ctypes.c_int, [_POINTER, _POINTER, _POINTER]),
@@ -222,7 +254,17 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
     "moespac_group": (_INT64, [_POINTER, _INT64, _INT64, _POINTER, _POINTER]),
     "moespac_pin": (ctypes.c_int, [_POINTER, _POINTER, _INT64]),
     "moespac_release": (ctypes.c_int, [_POINTER, _POINTER, _INT64]),
-    "moespac_victim": (_INT64, [_POINTER, _POINTER, _POINTER, _INT64, ctypes.c_uint8, _POINTER]),
+    "moespac_place_and_take": (ctypes.c_int, [_POINTER, _POINTER, _POINTER, _INT64, _POINTER]),
+    "moespac_computed": (ctypes.c_int, [_POINTER, _POINTER, _POINTER]),
+    "moespac_job_is_over": (
+        ctypes.c_int,
+        [_POINTER, _POINTER, _INT64, _POINTER, _INT64, ctypes.c_double],
+    ),
+    "moespac_sort_out": (_INT64, [_POINTER, _POINTER, _INT64, _POINTER]),
+    "moespac_look_up": (_INT64, [_POINTER, _POINTER, _INT64, _POINTER, _INT64, _POINTER]),
+    "moespac_victim": (_INT64, [_POINTER, _POINTER]),
+    "moespac_take_and_reserve": (_INT64, [_POINTER, _POINTER, _INT64, *[_POINTER] * 4]),
+    "moespac_reserve": (_INT64, [*[_POINTER] * 3, _INT64, *[_POINTER] * 3]),
     "moespac_make_jobs": (_INT64, [_POINTER, _POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER]),
     "moespac_take": (ctypes.c_int, [_POINTER, _INT64, _POINTER, _INT64]),
     "moespac_run_share": (
@@ -233,7 +275,7 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
         ],
     ),
     "moespac_observe": (None, [_POINTER, _POINTER, _POINTER, _INT64]),
-    "moespac_observe_one": (None, [_POINTER, _INT64, ctypes.c_double]),
+    "moespac_draw": (None, [_POINTER]),
     "moespac_foresight_learn": (None, [*[_POINTER] * 2, _INT64, _POINTER, _INT64, _INT64]),
     "moespac_foresight_place": (_POINTER, [_POINTER, _INT64, _INT64]),
     "moespac_foresight_hear": (None, [_POINTER, _POINTER, *[_INT64] * 4]),
@@ -242,15 +284,22 @@ _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
 
 # These keep the GIL: they take a microsecond or a few, and who gives it up may wait milliseconds to have it back.
 _BRIEF = (
+    "computed",
+    "draw",
     "freshen",
     "group",
+    "job_is_over",
+    "look_up",
     "make_jobs",
     "observe",
-    "observe_one",
     "pin",
     "place",
+    "place_and_take",
     "release",
+    "reserve",
+    "sort_out",
     "take",
+    "take_and_reserve",
     "victim",
 )
 
@@ -281,6 +330,20 @@ def address(array: NDArray[Any]) -> int:
     except TypeError:  # it is read-only
         assert array.flags.c_contiguous
         return array.ctypes.data
+
+
+_known: dict[int, tuple[NDArray[Any], int]] = {}  # arrays, and where they lie
+_MOST_KNOWN = 32  # they are kept from being freed
+
+
+def known_address(array: NDArray[Any]) -> int:
+    """Of an array that is asked for again and again."""
+    known = _known.get(id(array))
+    if known is None:
+        if len(_known) == _MOST_KNOWN:
+            _known.clear()
+        known = _known[id(array)] = (array, address(array))
+    return known[1]
 
 
 def chosen_isa(library: ctypes.CDLL) -> bytes | None:

@@ -1,52 +1,69 @@
 /* PLACE: who computes which of a layer's experts, by earliest finish, and what the layer's routing says of their worth.
  * Twins of `place_in_python` in policy/split.py and `freshen_in_python` in policy/balance.py, to the last bit: every sum
  * runs in the same order. */
-#include <stdint.h>
+#include "place.h"
+
+#include <string.h>
 
 #include "memory.h"
 
 enum { ACCELERATOR, ARRIVING, HOST, STORAGE };
 
+/* What is asked in one layer. */
 typedef struct {
-    int64_t total, experts, first_id, slots;       /* of all layers; of this one; its first; of the accelerator */
-    const int64_t *counts;                         /* (experts) tokens of each */
-    const uint8_t *host, *accelerator, *arriving;  /* (experts) where it is, or goes: to the accelerator; each
-                                                    * amid the (total) flags of all layers */
-    const double *by_host, *by_accelerator;        /* (table) seconds of an expert with so many tokens */
-    int64_t table;
+    int64_t slots, experts;
+    const uint8_t *host, *accelerator, *arriving; /* (experts) */
+    const double *by_host, *by_accelerator;       /* (table) seconds of an expert with so many tokens */
+    int64_t table, empty;                         /* slots that are free */
     double link, storage, toll;
-    const double *worth, *given_up;                /* (experts), (victims); NULL: only this layer counts */
+    const double *worth, *given_up;
     int64_t victims;
-    int64_t *order;                                /* out: (experts) ids, the accelerator's before the host's */
-    int64_t active;                                /* out: how many there are */
 } Layer;
 
+/* By how near it is to the accelerator, and by what a copy spares the host. */
 typedef struct {
-    double pull, by_host, by_accelerator, worth;
+    double pull;
+    int32_t state, expert;
+} Key;
+
+typedef struct {
+    double by_host, by_accelerator, worth;
     int64_t expert, state;
 } Expert;
 
 static double least(double a, double b) { return b < a ? b : a; }
 static double most(double a, double b) { return b > a ? b : a; }
 
-static int goes_before(const Expert *a, const Expert *b) {
+static int goes_before(const Key *a, const Key *b) {
     return a->state < b->state || (a->state == b->state && a->pull > b->pull);
 }
 
+static int state_of(const Layer *layer, int64_t expert) {
+    if (layer->accelerator[expert]) return ACCELERATOR;
+    return layer->arriving[expert] ? ARRIVING : layer->host[expert] ? HOST : STORAGE;
+}
+
+static double worth_of(const Layer *layer, int64_t expert, int state) {
+    return layer->worth && state >= HOST ? layer->worth[expert] : 0;
+}
+
 /* The layer's active experts, nearest to the accelerator first, then the most to spare the host; -1: too many tokens. */
-static int64_t sort_out(const Layer *layer, Expert *active) {
+static int64_t sort_out(const Layer *layer, const int64_t *counts, Expert *active) {
+    Key keys[layer->experts];
     int64_t n = 0;
     for (int64_t e = 0; e < layer->experts; e++) {
-        int64_t tokens = layer->counts[e];
-        if (!tokens) continue;
-        if (tokens >= layer->table) return -1;
-        Expert one = {.by_host = layer->by_host[tokens], .by_accelerator = layer->by_accelerator[tokens], .expert = e};
-        one.state = layer->accelerator[e] ? ACCELERATOR : layer->arriving[e] ? ARRIVING : layer->host[e] ? HOST : STORAGE;
-        one.worth = layer->worth && one.state >= HOST ? layer->worth[e] : 0;
-        one.pull = one.by_host + one.worth;
+        if (!counts[e]) continue;
+        if (counts[e] >= layer->table) return -1;
+        int state = state_of(layer, e);
+        Key key = {layer->by_host[counts[e]] + worth_of(layer, e, state), state, (int32_t)e};
         int64_t at = n++;
-        for (; at > 0 && goes_before(&one, &active[at - 1]); at--) active[at] = active[at - 1];
-        active[at] = one;
+        for (; at > 0 && goes_before(&key, &keys[at - 1]); at--) keys[at] = keys[at - 1];
+        keys[at] = key;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        int64_t e = keys[i].expert, tokens = counts[e];
+        double worth = worth_of(layer, e, keys[i].state);
+        active[i] = (Expert){layer->by_host[tokens], layer->by_accelerator[tokens], worth, e, keys[i].state};
     }
     return n;
 }
@@ -65,23 +82,34 @@ static void finish_the_rest(const Layer *layer, const Expert *active, int64_t n,
     }
 }
 
-static int64_t free_slots(const Layer *layer) {
-    const uint8_t *there = layer->accelerator - layer->first_id, *arriving = layer->arriving - layer->first_id;
-    int64_t used = 0;
-    for (int64_t e = 0; e < layer->total; e++) used += there[e] + arriving[e];
-    return used < layer->slots ? layer->slots - used : 0;
+enum { WORD = 8, ADDED = 127 }; /* bytes; words that can be added byte by byte, each byte being 2 at most */
+
+static int64_t free_slots(const Places *places) {
+    int64_t used = 0, e = 0;
+    while (e + WORD <= places->total) {
+        uint64_t sums = 0;
+        for (int64_t i = 0; i < ADDED && e + WORD <= places->total; i++, e += WORD) {
+            uint64_t there, arriving;
+            memcpy(&there, places->accelerator + e, WORD);
+            memcpy(&arriving, places->arriving + e, WORD);
+            sums += there + arriving;
+        }
+        for (int64_t i = 0; i < WORD; i++) used += sums >> 8 * i & 255;
+    }
+    for (; e < places->total; e++) used += places->accelerator[e] + places->arriving[e];
+    return used < places->slots ? places->slots - used : 0;
 }
 
-/* What the next copy's slot is worth as it is, `copies` having been made and `empty` slots being free before them. */
-static double give_up(const Layer *layer, int64_t empty, int64_t copies) {
-    int64_t victim = copies - empty;
+/* What the next copy's slot is worth as it is, `copies` having been made. */
+static double give_up(const Layer *layer, int64_t copies) {
+    int64_t victim = copies - layer->empty;
     return victim < 0 || victim >= layer->victims ? 0 : layer->given_up[victim];
 }
 
 static int64_t best_prefix(const Layer *layer, const Expert *active, int64_t n, const double *rest) {
     double link = layer->link, toll = layer->toll, spared = 1 - 1 / toll;
     double flight = 0, copying, lowest, busy = 0, arrived = 0, read = 0, held_up = 0, saved = 0;
-    int64_t best = 0, copies = 0, in_flight = 0, empty = free_slots(layer);
+    int64_t best = 0, copies = 0, in_flight = 0;
     for (int64_t i = 0; i < n; i++) in_flight += active[i].state == ARRIVING;
     copying = flight = in_flight * link; /* what is in flight arrives, wanted or not; then one copy after the other */
     lowest = least(rest[0] * toll, rest[0] + copying * spared);
@@ -92,7 +120,7 @@ static int64_t best_prefix(const Layer *layer, const Expert *active, int64_t n, 
         } else if (active[i].state > ARRIVING) {
             if (active[i].state == STORAGE) read += layer->storage;
             held_up = most(most(held_up, read - copies * link), flight);
-            saved += active[i].worth - give_up(layer, empty, copies);
+            saved += active[i].worth - give_up(layer, copies);
             copies++;
             copying += link;
             there = held_up + copies * link;
@@ -108,27 +136,53 @@ static int64_t best_prefix(const Layer *layer, const Expert *active, int64_t n, 
     return best;
 }
 
-/* How many of `order` are the accelerator's; -1: some expert has more tokens than the tables. */
-EXPORT int64_t moespac_place(Layer *layer) {
-    Expert active[layer->experts];
-    double rest[layer->experts + 1];
-    int64_t n = sort_out(layer, active);
-    if (n < 0) return -1;
-    finish_the_rest(layer, active, n, rest);
-    for (int64_t i = 0; i < n; i++) layer->order[i] = layer->first_id + active[i].expert;
-    layer->active = n;
-    return layer->slots ? best_prefix(layer, active, n, rest) : 0;
-}
-
-/* `lasting` (experts) rates move by `step` towards what the layer's `tokens` show, and the seconds `saved` (experts) follow:
- * `curve` (steps + 1) has those at rates of 0, 1 / steps ... 1. */
-EXPORT void moespac_freshen(const int64_t *counts, int64_t experts, double tokens, float step, const double *curve,
-                            int64_t steps, float *lasting, double *saved) {
+static void freshen(const int64_t *counts, int64_t first_id, int64_t experts, const Showing *showing) {
+    int64_t steps = showing->steps;
+    float *lasting = showing->lasting + first_id;
+    double *saved = showing->saved + first_id;
+    const double *curve = showing->curve;
     for (int64_t e = 0; e < experts; e++) {
-        float seen = (float)((double)counts[e] / tokens);
-        lasting[e] += step * (seen - lasting[e]);
+        float seen = (float)((double)counts[e] / showing->tokens);
+        lasting[e] += showing->step * (seen - lasting[e]);
         double place = (double)lasting[e] * (double)steps;
         int64_t whole = (int64_t)place < steps ? (int64_t)place : steps - 1;
         saved[e] = curve[whole] + (place - (double)whole) * (curve[whole + 1] - curve[whole]);
     }
+}
+
+static Layer layer_of(const Places *places, int64_t first_id) {
+    return (Layer){
+        .slots = places->slots,
+        .experts = places->experts,
+        .host = places->host + first_id,
+        .accelerator = places->accelerator + first_id,
+        .arriving = places->arriving + first_id,
+        .by_host = curve_table(places->by_host),
+        .by_accelerator = curve_table(places->by_accelerator),
+        .table = places->by_host->entries,
+        .empty = places->worth ? free_slots(places) : 0,
+        .link = places->rates[0],
+        .storage = places->rates[1],
+        .toll = places->rates[2],
+        .worth = places->worth ? places->worth + first_id : NULL,
+        .given_up = places->given_up,
+        .victims = places->victims,
+    };
+}
+
+EXPORT int64_t moespac_place(Places *places, int64_t first_id, const int64_t *counts, int64_t *order) {
+    if (places->showing) freshen(counts, first_id, places->experts, places->showing);
+    Expert active[places->experts];
+    double rest[places->experts + 1];
+    Layer layer = layer_of(places, first_id);
+    int64_t n = sort_out(&layer, counts, active);
+    if (n < 0) return -1;
+    finish_the_rest(&layer, active, n, rest);
+    for (int64_t i = 0; i < n; i++) order[i] = first_id + active[i].expert;
+    places->active = n;
+    return layer.slots ? best_prefix(&layer, active, n, rest) : 0;
+}
+
+EXPORT void moespac_freshen(const int64_t *counts, int64_t first_id, int64_t experts, const Showing *showing) {
+    freshen(counts, first_id, experts, showing);
 }
