@@ -15,6 +15,7 @@ from typing import Any
 
 import moespac
 from moespac.engine.engine import Engine
+from moespac.errors import ConfigError
 
 Window = int | str  # K, or "auto"
 GOVERNED: Window = "auto"
@@ -24,10 +25,11 @@ _OUTSIDE = 0.05  # of them lie outside of the interval, half on each side
 
 @dataclass(frozen=True)
 class Comparison:
-    """``seconds``: of each text by window, decoding ``tokens`` tokens each."""
+    """``seconds``: of each text by window, decoding ``tokens`` tokens each. ``left_out``: texts that were too long."""
 
     tokens: int
     seconds: tuple[dict[Window, float], ...]
+    left_out: int = 0
 
     def tokens_per_second(self, window: Window) -> float:
         return self.tokens * len(self.seconds) / sum(text[window] for text in self.seconds)
@@ -58,6 +60,7 @@ class Comparison:
             "ratio": self.ratio,
             "interval": self.interval(),
             "tokens": self.tokens,
+            "left_out": self.left_out,
             "seconds": [{str(w): spent for w, spent in text.items()} for text in self.seconds],
         }
 
@@ -75,22 +78,29 @@ def compare(
     """Decode ``tokens`` (2 or more) after each of ``prompts`` (token ids) with each fixed K and with the governor.
 
     Each has an engine of its own, which learns from text to text, after ``warmup``; memory must hold all of them.
+    Raises ConfigError when no prompt fits the model's context.
     """
     with ExitStack() as stack:
         engines = {
             window: stack.enter_context(_engine(pack, draft, host_memory, window))
             for window in (*windows, GOVERNED)
         }
+        context = engines[GOVERNED].context
+        fitting = [prompt for prompt in prompts if len(prompt) + tokens <= context]
+        if not fitting:
+            raise ConfigError(
+                f"all prompts are longer than the model's context of {context} tokens; shorten one"
+            )
         for engine in engines.values():
             _decode_seconds(engine, warmup, tokens)
         seconds = []
-        for number, prompt in enumerate(prompts):
-            progress(number, len(prompts))
+        for number, prompt in enumerate(fitting):
+            progress(number, len(fitting))
             order = random.Random(number).sample(list(engines), len(engines))
             spent = {window: _decode_seconds(engines[window], prompt, tokens) for window in order}
             seconds.append({window: spent[window] for window in engines})
-        progress(len(prompts), len(prompts))
-    return Comparison(tokens - 1, tuple(seconds))
+        progress(len(fitting), len(fitting))
+    return Comparison(tokens - 1, tuple(seconds), len(prompts) - len(fitting))
 
 
 def _engine(pack: Path, draft: Path, host_memory: str, window: Window) -> Engine:

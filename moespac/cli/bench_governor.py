@@ -73,6 +73,8 @@ def governor(
         found = compare(files.pack, files.draft, host_memory, fixed, asked, warmup, tokens, progress)
     console = Console()
     console.print(_table(found, host_memory))
+    if found.left_out:
+        console.print(f"longer than the context, left out: {found.left_out}")
     low, high = found.interval()
     console.print(
         f"governed over the best fixed K ({found.best}): {found.ratio:.3f}, 95% of texts drawn anew"
@@ -100,8 +102,8 @@ def _table(found: Comparison, host_memory: str) -> Table:
 
     from moespac.bench.governor import GOVERNED
 
-    title = f"{len(found.seconds)} texts of {found.tokens} tokens, {host_memory} of host memory"
-    table = Table("K", title=title, title_justify="left")
+    title = f"{len(found.seconds)} texts, {found.tokens} tokens each; host memory {host_memory}"
+    table = Table("K", title=title, title_justify="left", min_width=len(title))
     table.add_column("tokens/s", justify="right")
     for window in found.seconds[0]:
         name = "governed" if window == GOVERNED else str(window)

@@ -30,14 +30,17 @@ def test_texts_that_all_fare_alike_leave_no_doubt() -> None:
 
 def test_the_command_runs_in_small(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("The sea", "She", "In a")))
+    prompts.write_text(
+        "".join(json.dumps({"prompt": text}) + "\n" for text in ("The sea", "She", "sea " * 2500))
+    )
     arguments = ["--work", str(tmp_path / "work"), "--factor", "1", "--windows", "0,2", "--tokens", "8"]
-    arguments += ["--prompts", str(prompts), "--texts", "2", "--json", str(tmp_path / "found.json")]
+    arguments += ["--prompts", str(prompts), "--texts", "3", "--json", str(tmp_path / "found.json")]
     result = CliRunner().invoke(app, ["bench", "governor", *arguments, "--host-memory", "50%"])
     assert result.exit_code == 0, result.output
     assert "governed over the best fixed K" in result.output
     found = json.loads((tmp_path / "found.json").read_text())
     assert set(found["tokens_per_second"]) == {"0", "2", "auto"} and len(found["seconds"]) == 2
+    assert found["left_out"] == 1 and "left out: 1" in result.output
     assert found["tokens"] == 7 and found["host_memory"] == "50%"
 
 
