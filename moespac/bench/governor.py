@@ -25,7 +25,7 @@ _OUTSIDE = 0.05  # of them lie outside of the interval, half on each side
 
 @dataclass(frozen=True)
 class Comparison:
-    """``seconds``: of each text by window, decoding ``tokens`` tokens each. ``left_out``: texts that were too long."""
+    """``seconds``: of each text by window, decoding ``tokens`` each. ``left_out``: texts that were too long."""
 
     tokens: int
     seconds: tuple[dict[Window, float], ...]
