@@ -57,6 +57,14 @@ class PassRetention(NamedTuple):
         return value
 
 
+class CacheRetention(NamedTuple):
+    """``PassRetention`` of a cache that only uses change: an expert is worth ``value`` until its layer routes to it,
+    and ``once_used`` from then on; (layers * experts,) both, the caller's own."""
+
+    value: NDArray[np.float64]
+    once_used: NDArray[np.float64]
+
+
 class Turns(NamedTuple):
     """Values of the experts of layers that have had their turn, and of those that are to come, (layers * experts,)
     both; the latter begin with the expert ``first``."""
@@ -64,14 +72,6 @@ class Turns(NamedTuple):
     ran: NDArray[np.float64]
     to_come: NDArray[np.float64]
     first: int
-
-
-class CacheRetention(NamedTuple):
-    """The same of a cache that only uses change: an expert is worth ``value`` until its layer routes to it, and
-    ``once_used`` from then on; (layers * experts,) both, the caller's own."""
-
-    value: NDArray[np.float64]
-    once_used: NDArray[np.float64]
 
 
 class Policy(ABC):
