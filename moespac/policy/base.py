@@ -58,8 +58,8 @@ class PassRetention(NamedTuple):
 
 
 class CacheRetention(NamedTuple):
-    """``PassRetention`` of a cache that only uses change: an expert is worth ``value`` until its layer routes to it,
-    and ``once_used`` from then on; (layers * experts,) both, the caller's own."""
+    """``PassRetention`` of a cache that only uses change: an expert is worth ``value`` until its layer routes to
+    it, and ``once_used`` from then on; (layers * experts,) both, the caller's own."""
 
     value: NDArray[np.float64]
     once_used: NDArray[np.float64]
