@@ -71,6 +71,7 @@ def test_records_come_one_after_the_other() -> None:
     for expert in (1, 2, 3):
         disk.ask(expert, 0.0)
     assert disk.ends() == {1: 4.0, 2: 8.0, 3: 12.0}
+    assert disk.turns == [(0.0, True), (12.0, False)]
     assert [disk.tickets[n].seconds for n in (1, 2, 3)] == [4.0, 4.0, 4.0]
     # Another is begun when only three stripes of the one before are left: it has a lane of its own by then.
     assert [(e.lane, e.start) for e in disk.timeline.events] == [
