@@ -74,11 +74,12 @@ def test_buffers_of_windows_are_kept_and_those_of_prompts_are_not() -> None:
 
 
 def test_rows_that_nobody_fills_are_zero() -> None:
-    desk = Desks(2, EXPERTS).of(3)
+    desk, x = Desks(2, EXPERTS).of(3), torch.empty(3, 4)
     with torch.inference_mode():
-        rows = desk.rows(6, 4, torch.float32)
+        rows = desk.rows(x)
+    assert rows.shape == (6, 4)
     rows.fill_(1.0)
     known = np.empty((3, 2), np.int64)
     desk.groups.fill(torch.tensor([[0, 1], [2, EXPERTS], [3, 4]]), known, address(known))
-    assert desk.rows(6, 4, torch.float32) is rows and not rows.any()
-    assert desk.rows(6, 4, torch.bfloat16).dtype == torch.bfloat16
+    assert desk.rows(x) is rows and not rows.any()
+    assert desk.rows(x.bfloat16()).dtype == torch.bfloat16
