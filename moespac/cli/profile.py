@@ -70,7 +70,7 @@ def _figures(measured: Measurement, hardware: HardwareProfile) -> Table:
     table.add_row("overhead of an expert", f"{hardware.host_expert_overhead * 1e6:.0f} us")
     table.add_row("overhead of a layer", f"{hardware.layer_overhead * 1e6:.0f} us")
     table.add_row("deciding, a layer", f"{hardware.decide_overhead * 1e6:.0f} us")
-    table.add_row("a cache, a layer", f"{hardware.cache_overhead * 1e6:.0f} us")
+    table.add_row("caching, a layer", f"{hardware.cache_overhead * 1e6:.0f} us")
     table.add_row("asking, a layer", f"{hardware.ask_overhead * 1e6:.0f} us")
     cuda = measured.cuda
     if cuda is None:
