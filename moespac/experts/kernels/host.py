@@ -186,6 +186,7 @@ class HostKernel:
         if into is None or into.dtype is not torch.float32 or not into.is_contiguous():
             into = torch.empty(tokens, hidden)
         assert into.numel() == tokens * hidden and x.numel() == tokens * top_k * hidden
+        assert weights.dtype is torch.float32 and weights.is_contiguous()
         self._join(x.data_ptr(), weights.data_ptr(), tokens, top_k, hidden, into.data_ptr())
         return into
 
