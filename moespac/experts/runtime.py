@@ -20,7 +20,7 @@ from moespac.experts.kernels.passes import Computed, HostExperts, PassOrder
 from moespac.experts.resident import ResidentExperts
 from moespac.experts.store import ExpertStore
 from moespac.model.routers import ask_router
-from moespac.policy.base import CacheRetention, PassRetention, Policy, Sensor
+from moespac.policy.base import PassRetention, Policy, Sensor
 from moespac.policy.cost import TABLE, MeasuredCosts
 from moespac.policy.foresight import Foresight
 from moespac.policy.windows import NOTHING, LookedBack, WindowCosts
@@ -188,26 +188,23 @@ class ExpertRuntime:
 
     # ---- layers that have nothing to ask ---------------------------------------------------------------
 
-    def in_host_memory(self) -> HostExperts | None:
-        """Where experts are that a layer may use without asking; None while the policy wants to see each layer."""
+    def in_host_memory(self, order: PassOrder | None) -> HostExperts | None:
+        """Where experts are that a layer may use without asking; None while the policy wants to see each layer: it
+        has no ``order`` for the pass, and does not let hits pass."""
         if self.memory.accelerator is not None:
             return None
         unseen = self.policy.lets_hits_pass and not self._asks_next_gate
-        return self._host_experts if unseen or self.memory.all_at_hand or self._pass_retention() else None
+        return self._host_experts if unseen or self.memory.all_at_hand or order is not None else None
 
     def pass_order(self) -> PassOrder | None:
         """What makes way for experts that a layer misses, so that it need not ask; None where it must."""
-        retention = self._pass_retention()
+        if not isinstance(self.memory, NativeMemory) or self.memory.all_at_hand:
+            return None
+        retention = self.policy.pass_retention()
         if retention is None:
             return None
         foresight = retention.foresight if isinstance(retention, PassRetention) else None
         return PassOrder(retention, self._native_foresight(foresight))
-
-    def _pass_retention(self) -> PassRetention | CacheRetention | None:
-        """What the policy says of it, where native code keeps the books."""
-        if not isinstance(self.memory, NativeMemory) or self.memory.all_at_hand:
-            return None
-        return self.policy.pass_retention()
 
     def _native_foresight(self, known: Foresight | None) -> NativeForesight | None:
         """One for all passes under a policy."""

@@ -179,11 +179,11 @@ class ExpertsInMemory(Protocol):
     def layers_in_peace(self) -> int | None:
         """So many may be computed before transfers must be looked after; None: all."""
 
-    def in_host_memory(self) -> HostExperts | None:
-        """Where they are; None while every layer must ask."""
-
     def pass_order(self) -> PassOrder | None:
         """What makes way for experts that a layer of the pass to come misses; None: such a layer must ask."""
+
+    def in_host_memory(self, order: PassOrder | None) -> HostExperts | None:
+        """Where they are, in the pass with that order; None while every layer must ask."""
 
     def advanced(self, computed: Computed | None, began: float) -> None:
         """A call that began then on ``time.perf_counter`` computed these layers without asking."""
@@ -255,7 +255,8 @@ class LeanTrunk:
         keep: int,
     ) -> torch.Tensor:
         experts = self._experts
-        found, order = (experts.in_host_memory(), experts.pass_order()) if experts else (None, None)
+        order = experts.pass_order() if experts else None
+        found = experts.in_host_memory(order) if experts else None
         run = native.begin(tokens, keep, store, start, rotary, found, order)
         with _one_torch_thread():
             while not run.over:

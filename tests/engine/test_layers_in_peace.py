@@ -30,7 +30,7 @@ def engine(host_memory: str, window: int) -> Engine:
 def told(engine: Engine, peace: bool) -> Iterator[Any]:
     """What a run shows of itself; its seconds apart."""
     if not peace:
-        engine.runtime.in_host_memory = lambda: None  # type: ignore[method-assign]
+        engine.runtime.in_host_memory = lambda order: None  # type: ignore[method-assign]
     recorder = engine.runtime.recorder = TraceRecorder(engine.shape, "a test")
     recorder.begin_sequence()
     done = engine.generate(PROMPT, max_new_tokens=32)
