@@ -402,6 +402,7 @@ class DecodeBenchConfig:
     decode_seconds: float = 15.0  # of one run; a slower contender's rate is that of the tokens it came to
     run_seconds: float = 120.0  # of one run with loading; then it is ended and reported as out of time
     baseline_window: int = 4  # K of baselines with speculation: fixed, the paper's
+    governed_aim: float = 0.95  # of the best fixed K's speed, which is known only afterwards
     llama_draft_most: int = 16  # llama.cpp's own default (--draft-max) ...
     llama_draft_probability: float = 0.75  # ... and below this probability it ends a draft (--draft-p-min)
     lookup_ngram: int = 2  # llama-cpp-python's own defaults of prompt lookup ...

@@ -9,15 +9,13 @@ import typer
 
 from moespac.cli.bars import counting
 from moespac.cli.files import JsonFile
+from moespac.cli.numbers import whole_numbers
 from moespac.config import DecodeBenchConfig, GovernorConfig
-from moespac.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from moespac.bench.governor import Comparison
-
-_AIM = 0.95  # of the best fixed K
 
 
 def governor(
@@ -63,7 +61,8 @@ def governor(
     from moespac.bench.governor import compare
     from moespac.cli.bench_decode import read_texts
 
-    fixed = _windows(windows)
+    most = GovernorConfig().most
+    fixed = list(dict.fromkeys(whole_numbers(windows, "--windows", "K", 0, most, "0,1,2")))
     file = JsonFile(json, "--json") if json else None
     chosen = read_texts(prompts)
     chosen = chosen[:: max(1, len(chosen) // texts)][:texts] if texts else chosen
@@ -78,23 +77,11 @@ def governor(
     low, high = found.interval()
     console.print(
         f"governed over the best fixed K ({found.best}): {found.ratio:.3f}, 95% of texts drawn anew"
-        f" {low:.3f} to {high:.3f}; aim {_AIM}",
+        f" {low:.3f} to {high:.3f}; aim {DecodeBenchConfig.governed_aim}",
         soft_wrap=True,
     )
     if file:
-        file.write(found.to_dict() | {"host_memory": host_memory, "aim": _AIM})
-
-
-def _windows(text: str) -> list[int]:
-    """Raises ConfigError for what is no list of K."""
-    most = GovernorConfig().most
-    try:
-        windows = [int(window) for window in text.split(",")]
-    except ValueError:
-        windows = []
-    if not windows or not all(0 <= window <= most for window in windows):
-        raise ConfigError(f'--windows {text}: give K from 0 to {most} with commas between, such as "0,1,2"')
-    return list(dict.fromkeys(windows))
+        file.write(found.to_dict() | {"host_memory": host_memory, "aim": DecodeBenchConfig.governed_aim})
 
 
 def _table(found: Comparison, host_memory: str) -> Table:

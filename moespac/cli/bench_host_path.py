@@ -9,8 +9,8 @@ import typer
 
 from moespac.cli.bars import waiting
 from moespac.cli.files import JsonFile
+from moespac.cli.numbers import whole_numbers
 from moespac.config import GraphConfig, HostPathConfig
-from moespac.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,7 +39,7 @@ def host_path(
 
     from moespac.bench.host_path import measure
 
-    sizes = _sizes(windows)
+    sizes = whole_numbers(windows, "--windows", "sizes", 1, GraphConfig().most_tokens, "1,5,17")
     file = JsonFile(json, "--json") if json else None
     with waiting("measuring the host's path"):
         found = measure(sizes)
@@ -48,20 +48,6 @@ def host_path(
     if file:
         each = [{"tokens": size} | time.to_dict() for size, time in zip(sizes, found, strict=True)]
         file.write({"us_per_layer": each, "aim": aim})
-
-
-def _sizes(text: str) -> list[int]:
-    """Raises ConfigError for what is no list of sizes that the trunk is recorded for."""
-    most = GraphConfig().most_tokens
-    try:
-        sizes = [int(size) for size in text.split(",")]
-    except ValueError:
-        sizes = []
-    if not sizes or not all(1 <= size <= most for size in sizes):
-        raise ConfigError(
-            f'--windows {text}: give sizes from 1 to {most} with commas between, such as "1,5,17"'
-        )
-    return sizes
 
 
 def _table(sizes: list[int], found: list[HostTime], aim: float) -> Table:

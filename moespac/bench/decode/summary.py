@@ -10,6 +10,7 @@ from statistics import median
 
 from moespac.bench.decode.contenders import OURS, Contender, parse_contenders
 from moespac.bench.decode.records import OK, Record
+from moespac.config import DecodeBenchConfig
 
 _SHOWN = 5e-5  # seconds a token: less would be printed as 0.0 ms
 
@@ -149,7 +150,7 @@ def claims(found: Sequence[Line]) -> list[Claim]:
         here = [line for line in found if line.budget == budget]
         if any(_ours_fixed(line.contender) and line.contender.window for line in here):
             text = f"memory for {budget:.0%}, K governed against the best fixed K"
-            wanted.append(_claim(text, 0.95, here, _ours_drafted, _ours_fixed))
+            wanted.append(_claim(text, DecodeBenchConfig.governed_aim, here, _ours_drafted, _ours_fixed))
     return wanted
 
 
