@@ -14,26 +14,14 @@ from moespac.experts import groups
 from moespac.experts.kernels.library import load_library
 from moespac.policy import cost
 from moespac.policy import native as policy_native
-from moespac.policy.cost import CostModel
 from moespac.schedule import at_hand, tiers
 from moespac.schedule.at_hand import AtHand, Taken
-from moespac.schedule.tiers import Tier
 from moespac.types import Observation
+from tests.costs import keep_costs
 from tests.families import save_checkpoint
 from tests.schedule.test_at_hand import InTheLoop
 
 pytestmark = pytest.mark.skipif(load_library() is None, reason="no native code on this machine")
-
-
-def keep_costs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured differs from run to run, and what is decided follows from it."""
-    for name in [name for name in vars(CostModel) if name.startswith("observe_")]:
-        monkeypatch.setattr(CostModel, name, lambda self, *measured: None)
-    monkeypatch.setattr(CostModel, "start_from", lambda self, measured: None)
-    monkeypatch.setattr(
-        AtHand, "computed", lambda self, share, *took: self._tiers[0].release_all(share.experts)
-    )
-    monkeypatch.setattr(Tier, "job_is_over", lambda self, experts, *took: self.release_all(experts))
 
 
 def run(path: Path, policy: str, drafts: int) -> tuple:

@@ -13,15 +13,13 @@ import moespac
 from moespac.engine.build import DEMO
 from moespac.engine.engine import Engine
 from moespac.policy.base import Policy
-from moespac.policy.cost import CostModel
 from moespac.policy.registry import make_policy
-from moespac.schedule.at_hand import AtHand
-from moespac.schedule.tiers import Tier
 from moespac.sim import simulator
 from moespac.sim.hardware import find_profile
 from moespac.sim.shapes import read_model
 from moespac.sim.simulator import Setting
 from moespac.trace import Trace, TraceRecorder
+from tests.costs import keep_costs
 
 PROMPTS = ("The sea was the sea was", "once upon a time, once upon a")
 Log = list[tuple[str, list[np.ndarray]]]
@@ -29,14 +27,8 @@ Log = list[tuple[str, list[np.ndarray]]]
 
 @pytest.fixture(autouse=True)
 def _costs_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured differs between the worlds, and plans follow from it."""
-    for name in [name for name in vars(CostModel) if name.startswith("observe_")]:
-        monkeypatch.setattr(CostModel, name, lambda self, *measured: None)
-    monkeypatch.setattr(CostModel, "start_from", lambda self, measured: None)
-    monkeypatch.setattr(
-        AtHand, "computed", lambda self, share, *took: self._tiers[0].release_all(share.experts)
-    )
-    monkeypatch.setattr(Tier, "job_is_over", lambda self, experts, *took: self.release_all(experts))
+    """Plans follow from what is measured, which differs between the worlds."""
+    keep_costs(monkeypatch)
 
 
 def logged(policy: Policy) -> Log:
