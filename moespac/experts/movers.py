@@ -84,9 +84,8 @@ class LinkCopier:
         """``experts`` in a layer."""
         self._accelerator = accelerator
         self._arena = arena  # the host tier's
-        self._rows: dict[
-            int, torch.Tensor
-        ] = {}  # of it: indexing a tensor takes as long as asking for a copy
+        # Rows of it, by slot: indexing a tensor takes as long as asking for a copy.
+        self._rows: dict[int, torch.Tensor] = {}
         self._experts = experts
 
     def move(self, expert: int, slot: int, source_slot: int | None, speculative: bool) -> Ticket:

@@ -151,10 +151,8 @@ class CostModel:
             on_accelerator * config.accelerator_token_share,
             config,
         )
-        self.host_curve, self.accelerator_curve = (
-            self._host.address,
-            self._accelerator.address,
-        )  # for native code
+        # For native code:
+        self.host_curve, self.accelerator_curve = self._host.address, self._accelerator.address
         self._beside_copy = _Median(config.samples)
         self._link = _Median(config.samples)
         self._storage = _Median(config.samples)
